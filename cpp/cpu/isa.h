@@ -1,0 +1,26 @@
+// The instruction sets this build has, and the one in use.
+#pragma once
+
+#include "qlora_native/backend.h"
+
+namespace qlora::cpu {
+
+// Defined by the isa_*.cpp files, of which an x86-64 build has all and others only the first.
+extern const Backend scalar_backend;
+extern const Backend avx2_backend;
+extern const Backend avx512_backend;
+extern const Backend avx512bf16_backend;
+
+// The widest path that this processor and its operating system run, unless QLORA_FORCE_ISA or
+// force_isa() names another.
+const Backend& backend();
+
+// "scalar", "avx2", "avx512" or "avx512bf16"; null or "" goes back to the widest. False, and nothing
+// changed, where the name is unknown, not built, or not run by this processor.
+bool force_isa(const char* name);
+
+// The name of the path in use, and the i-th path that could be (null past the last).
+const char* isa_name();
+const char* available_isa(int i);
+
+}  // namespace qlora::cpu

@@ -1,0 +1,90 @@
+// The SIMD vocabulary in AVX-512 (F, BW, DQ, VL): sixteen fp32 lanes, tails by mask registers.
+// Words are defined in simd_scalar.h. Avx512Bf16 is the same with bf16 pair products.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "qlora_native/types.h"
+
+namespace qlora::cpu {
+
+struct Avx512 {
+  static constexpr const char* kName = "avx512";
+  static constexpr int kWidth = 16;
+  using F = __m512;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float value) { return _mm512_set1_ps(value); }
+
+  // ---- memory ----
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const Float16* p) { return widen_f16(_mm256_loadu_epi16(p)); }
+  static F load(const BFloat16* p) { return widen_bf16(_mm256_loadu_epi16(p)); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void store(Float16* p, F v) { _mm256_storeu_epi16(p, narrow_f16(v)); }
+  static void store(BFloat16* p, F v) { _mm256_storeu_epi16(p, narrow_bf16(v)); }
+
+  static F load_n(const float* p, std::int64_t n) { return _mm512_maskz_loadu_ps(first_n(n), p); }
+  static F load_n(const Float16* p, std::int64_t n) {
+    return widen_f16(_mm256_maskz_loadu_epi16(first_n(n), p));
+  }
+  static F load_n(const BFloat16* p, std::int64_t n) {
+    return widen_bf16(_mm256_maskz_loadu_epi16(first_n(n), p));
+  }
+  static void store_n(float* p, F v, std::int64_t n) { _mm512_mask_storeu_ps(p, first_n(n), v); }
+  static void store_n(Float16* p, F v, std::int64_t n) {
+    _mm256_mask_storeu_epi16(p, first_n(n), narrow_f16(v));
+  }
+  static void store_n(BFloat16* p, F v, std::int64_t n) {
+    _mm256_mask_storeu_epi16(p, first_n(n), narrow_bf16(v));
+  }
+
+  // ---- arithmetic ----
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F sqrt(F a) { return _mm512_sqrt_ps(a); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+
+  // ---- across lanes ----
+  static float reduce_add(F v) {
+    const __m256 x = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+  }
+  static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
+
+  // ---- 16-bit elements ----
+  static F widen_f16(__m256i bits) { return _mm512_cvtph_ps(bits); }
+  static F widen_bf16(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static __m256i narrow_f16(F v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  // In integers and not by vcvtneps2bf16, which takes subnormals for zero.
+  static __m256i narrow_bf16(F v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i chosen =
+        _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+  }
+
+  static __mmask16 first_n(std::int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+};
+
+#if defined(__AVX512BF16__)
+struct Avx512Bf16 : Avx512 {
+  static constexpr const char* kName = "avx512bf16";
+};
+#endif
+
+}  // namespace qlora::cpu

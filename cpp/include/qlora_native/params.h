@@ -1,0 +1,203 @@
+// One plain struct per op: everything a backend is told. Shapes in brackets, row-major, contiguous.
+//
+//   M tokens   N out_features   K in_features   R LoRA rank
+//
+// Every pointer is owned by the caller and was checked at the edge (cpp/torch/checks.h): a backend
+// relies on it. Any of M, N, K, R and n may be 0. Outputs never alias inputs unless it says so.
+#pragma once
+
+#include <cstdint>
+
+#include "qlora_native/format.h"
+#include "qlora_native/types.h"
+
+namespace qlora {
+
+// ---- quantization ---------------------------------------------------------------------------------
+
+struct Quantize4bitParams {
+  Format format;
+  std::int64_t n;           // values
+  std::int64_t blocksize;   // values that share a scale; a power of two, 32..4096
+  DType dtype;              // of x
+  const void* x;            // [n]
+  std::uint8_t* packed;     // [ceil(n/2)] out
+  float* absmax;            // [ceil(n/blocksize)] out
+};
+
+// Scales of a 4-bit matrix: plain (absmax) or double-quantized (the other three), never both.
+struct Scales {
+  const float* absmax = nullptr;            // [n_blocks]
+  const std::uint8_t* absmax_q8 = nullptr;  // [n_blocks], codes of the signed dynamic map
+  const float* nested_absmax = nullptr;     // [ceil(n_blocks/256)]
+  const float* nested_offset = nullptr;     // [1], mean of the absmax values
+
+  [[nodiscard]] constexpr bool double_quantized() const { return absmax_q8 != nullptr; }
+};
+
+// A frozen weight [rows = N, cols = K] (layout.h).
+struct Weight4bit {
+  Format format;
+  std::int64_t rows;
+  std::int64_t cols;
+  std::int64_t blocksize;
+  const std::uint8_t* packed;  // [ceil(rows*cols/2)]
+  Scales scales;
+};
+
+struct Dequantize4bitParams {
+  Weight4bit weight;
+  DType dtype;  // of out
+  void* out;    // [rows, cols] out
+};
+
+enum class CodeRounding : std::uint8_t {
+  nearest,           // by fp32 midpoints, a tie to the even code: bitsandbytes on CUDA
+  bitsandbytes_cpu,  // bitsandbytes' 65,536-entry table on a CPU, bit for bit
+};
+
+struct Quantize8bitParams {
+  std::int64_t n;
+  std::int64_t blocksize;
+  bool is_signed;  // which dynamic map (dynamic_map.h)
+  CodeRounding rounding;
+  DType dtype;          // of x
+  const void* x;        // [n]
+  std::uint8_t* codes;  // [n] out
+  float* absmax;        // [ceil(n/blocksize)] out
+};
+
+struct Dequantize8bitParams {
+  std::int64_t n;
+  std::int64_t blocksize;
+  bool is_signed;
+  const std::uint8_t* codes;  // [n]
+  const float* absmax;        // [ceil(n/blocksize)]
+  DType dtype;                // of out
+  void* out;                  // [n] out
+};
+
+// Double quantization of absmax itself (QLoRA, section 3): offset = mean, blocks of 256, signed map.
+struct QuantizeScalesParams {
+  std::int64_t n;
+  CodeRounding rounding;
+  const float* absmax;      // [n]
+  std::uint8_t* absmax_q8;  // [n] out
+  float* nested_absmax;     // [ceil(n/256)] out
+  float* nested_offset;     // [1] out
+};
+
+struct DequantizeScalesParams {
+  std::int64_t n;
+  Scales scales;  // double-quantized
+  float* absmax;  // [n] out
+};
+
+// ---- linear ---------------------------------------------------------------------------------------
+
+// y = x W^T + bias
+struct LinearParams {
+  std::int64_t m;
+  Weight4bit weight;  // [N, K]
+  DType dtype;        // of x, bias and out
+  const void* x;      // [M, K]
+  const void* bias;   // [N] or null
+  void* out;          // [M, N] out
+};
+
+// grad_x = grad_out W
+struct LinearBackwardInputParams {
+  std::int64_t m;
+  Weight4bit weight;     // [N, K]
+  DType dtype;           // of grad_out and grad_x
+  const void* grad_out;  // [M, N]
+  void* grad_x;          // [M, K] out
+};
+
+struct Lora {
+  std::int64_t r;
+  DType dtype;    // of a and b (and of their gradients)
+  const void* a;  // [R, K]
+  const void* b;  // [N, R]
+  float scale;    // alpha / r, or alpha / sqrt(r) for rsLoRA
+  float dropout_p;                   // 0: none
+  const std::int64_t* dropout_seed;  // [1]; null when dropout_p is 0
+};
+
+// y = x W^T + bias + scale * u B^T,  u = drop(x) A^T
+struct QloraLinearParams {
+  LinearParams base;
+  Lora lora;
+  float* u;  // [M, R] out, fp32: what the backward pass needs again
+};
+
+// With g = scale * grad_out B  [M, R]:
+//   grad_x = grad_out W + drop'(g A)    grad_a = g^T drop(x)
+//   grad_b = scale * grad_out^T u       grad_bias = sum over M of grad_out
+// Each output is computed only where its pointer is not null.
+struct QloraLinearBackwardParams {
+  std::int64_t m;
+  Weight4bit weight;
+  Lora lora;
+  DType dtype;           // of grad_out, x, grad_x, grad_bias
+  const void* grad_out;  // [M, N]
+  const void* x;         // [M, K]
+  const float* u;        // [M, R]
+  void* grad_x;          // [M, K] out
+  void* grad_a;          // [R, K] out, lora.dtype
+  void* grad_b;          // [N, R] out, lora.dtype
+  void* grad_bias;       // [N] out
+};
+
+// ---- optimizer ------------------------------------------------------------------------------------
+
+// AdamW (Loshchilov & Hutter, 2019) in torch.optim.AdamW's order of operations.
+struct AdamwHyper {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  std::int64_t step;  // 1 in the first call
+  bool maximize;
+  const float* grad_scale;  // [1] or null: gradients are divided by it
+  const float* found_inf;   // [1] or null: not 0 skips the whole step
+};
+
+struct AdamwTensor {
+  std::int64_t n;
+  DType param_dtype;
+  DType grad_dtype;
+  void* param;       // [n] in, out
+  const void* grad;  // [n]
+  float* exp_avg;    // [n] in, out
+  float* exp_avg_sq; // [n] in, out
+};
+
+struct AdamwStepParams {
+  AdamwHyper hyper;
+  std::int64_t n_tensors;
+  const AdamwTensor* tensors;  // [n_tensors]
+};
+
+// 8-bit blockwise state (Dettmers et al., 2022): codes of the signed map for exp_avg, of the unsigned
+// one for exp_avg_sq, blocks of 256 values with one absmax each.
+struct Adamw8bitTensor {
+  std::int64_t n;
+  DType param_dtype;
+  DType grad_dtype;
+  void* param;                // [n] in, out
+  const void* grad;           // [n]
+  std::uint8_t* exp_avg;      // [n] in, out
+  std::uint8_t* exp_avg_sq;   // [n] in, out
+  float* exp_avg_absmax;      // [ceil(n/256)] in, out
+  float* exp_avg_sq_absmax;   // [ceil(n/256)] in, out
+};
+
+struct Adamw8bitStepParams {
+  AdamwHyper hyper;
+  std::int64_t n_tensors;
+  const Adamw8bitTensor* tensors;  // [n_tensors]
+};
+
+}  // namespace qlora
