@@ -1,7 +1,7 @@
-"""What every op computes, in plain torch: obvious, slow, float64. It is the spec the tests hold kernels to.
+"""What every op computes, in plain torch: obvious, slow, float64. Tests hold the kernels to it.
 
-Arithmetic is float64 except where the format itself is defined by fp32 steps (which code a value gets,
-what a double-quantized scale decodes to): there the fp32 steps are done one by one.
+Arithmetic is float64 except where the format itself is defined by fp32 steps (which code a value
+gets, what a double-quantized scale decodes to): there the fp32 steps are done one by one.
 
 Papers: QLoRA (Dettmers et al., 2023), LoRA (Hu et al., 2021), rsLoRA (Kalajdzievski, 2023), 8-bit
 optimizers via block-wise quantization (Dettmers et al., 2022), AdamW (Loshchilov & Hutter, 2019).
@@ -44,7 +44,7 @@ def codebook(format: str) -> Tensor:
 
 
 def dynamic_map(signed: bool = True) -> Tensor:
-    """Value of each code of the dynamic 8-bit data type, ascending, fp32 [256] (8-bit optimizers, 2.1).
+    """Value of each code of the dynamic 8-bit type, ascending, fp32 [256] (8-bit optimizers, 2.1).
 
     Seven decades; decade i has 2^i (signed: and as many negative) or 2^(i+1) (unsigned) values, the
     midpoints of an even division of [0.1, 1], scaled by 10^(i-6). Zero and one complete it.
@@ -58,11 +58,11 @@ def dynamic_map(signed: bool = True) -> Tensor:
     return torch.cat(values).sort().values
 
 
-# ---- 4-bit ------------------------------------------------------------------------------------------
+# ---- 4-bit ---------------------------------------------------------------------------------------
 
 
 def quantize_4bit(x: Tensor, blocksize: int = 64, format: str = "nf4") -> tuple[Tensor, Tensor]:
-    """x, any shape -> packed uint8 [ceil(n/2), 1] and absmax fp32 [ceil(n/blocksize)] (QLoRA, eq. 1, 4).
+    """x, any shape -> packed uint8 [ceil(n/2), 1], absmax fp32 [ceil(n/blocksize)] (QLoRA, eq. 1).
 
     The nearest value by the fp32 midpoints of the ascending values, a tie to the lower one. A full
     block multiplies by 1 / max(absmax, 1e-38); the last, partial one divides by max(absmax, 1e-38)
@@ -102,7 +102,10 @@ def dequantize_4bit(
     format: str = "nf4",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """value(code) * absmax of its block (QLoRA, eq. 2): exact in float64, else rounded to fp32, then dtype."""
+    """value(code) * absmax of its block (QLoRA, eq. 2).
+
+    Exact in float64; any other dtype gets the product rounded to fp32, then to it.
+    """
     n = torch.Size(shape).numel()
     scale = absmax.to(torch.float64).repeat_interleave(blocksize)[:n]
     exact = codebook(format).to(torch.float64)[unpack(packed, n)] * scale
@@ -110,7 +113,7 @@ def dequantize_4bit(
     return exact if dtype == torch.float64 else exact.to(torch.float32).to(dtype)
 
 
-# ---- 8-bit and double quantization ------------------------------------------------------------------
+# ---- 8-bit and double quantization ---------------------------------------------------------------
 
 
 def _nearest_ties_to_even(normed: Tensor, values: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ def _nearest_ties_to_even(normed: Tensor, values: Tensor) -> Tensor:
 
 
 def _by_table(normed: Tensor, values: Tensor) -> Tensor:
-    """bitsandbytes on a CPU: [-1, 1] in 65,536 steps, each with the code nearest to the step's value."""
+    """bitsandbytes on a CPU: [-1, 1] in 65,536 steps, each with the code nearest to its value."""
     steps = -1.0 + 2.0 * torch.arange(65536, dtype=torch.float32) / 65535.0
     table = torch.bucketize(steps, (values[:-1] + values[1:]) / 2.0)
     step = ((normed.nan_to_num(nan=-1.0) + 1.0) * 0.5) * 65535.0 + 0.5
@@ -133,7 +136,7 @@ def quantize_8bit(
 ) -> tuple[Tensor, Tensor]:
     """x, any shape -> codes uint8 [n] and absmax fp32 [ceil(n/blocksize)] (8-bit optimizers, 2.2).
 
-    rounding "nearest": by the fp32 midpoints, a tie to the even code. "bitsandbytes_cpu": its table.
+    rounding: "nearest" by the fp32 midpoints, a tie to the even code, or "bitsandbytes_cpu".
     """
     values = dynamic_map(signed)
     flat = x.detach().reshape(-1).to(torch.float32)
@@ -161,9 +164,10 @@ def dequantize_8bit(
 def quantize_scales(
     absmax: Tensor, rounding: str = "nearest", offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """absmax fp32 [n] -> codes uint8 [n], nested absmax fp32 [ceil(n/256)], offset fp32 [1] (QLoRA, 3).
+    """Double quantization (QLoRA, section 3) of absmax fp32 [n].
 
-    offset is the mean: torch's, unless one is given.
+    -> codes uint8 [n], nested absmax fp32 [ceil(n/256)], offset fp32 [1]: the mean, torch's unless
+    one is given.
     """
     offset = absmax.mean().reshape(1) if offset is None else offset
     codes, nested_absmax = quantize_8bit(absmax - offset, NESTED_BLOCKSIZE, True, rounding)
@@ -176,7 +180,7 @@ def dequantize_scales(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> T
     return scaled + offset
 
 
-# ---- linear -----------------------------------------------------------------------------------------
+# ---- linear --------------------------------------------------------------------------------------
 
 _MASK32 = 0xFFFFFFFF
 
@@ -192,7 +196,7 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
 
 
 def dropout_bits(seed: int, rows: int, cols: int) -> Tensor:
-    """The 32 random bits of each element, int64 [rows, cols], a function of (seed, row, column) alone.
+    """32 random bits for each element, int64 [rows, cols], a function of (seed, row, column) alone.
 
     dropout.h in int64: its products and sums wrap as uint64's do.
     """
@@ -249,7 +253,7 @@ def qlora_linear(
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-# ---- optimizer --------------------------------------------------------------------------------------
+# ---- optimizer -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -269,7 +273,7 @@ class AdamWHyper:
 def adamw(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: AdamWHyper
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One AdamW step (Loshchilov & Hutter, algorithm 2), all float64: new param, exp_avg, exp_avg_sq.
+    """One AdamW step (Loshchilov & Hutter, algorithm 2), float64: new param, exp_avg, exp_avg_sq.
 
     torch.optim.AdamW's order: decay first, eps added after the bias correction of the root.
     """
@@ -287,7 +291,7 @@ def adamw(
 
 @dataclass
 class State8bit:
-    """Blockwise 8-bit optimizer state: codes uint8 [n], absmax fp32 [ceil(n/256)] of each moment."""
+    """Blockwise 8-bit optimizer state: codes uint8 [n], absmax fp32 [ceil(n/256)] per moment."""
 
     exp_avg: Tensor
     exp_avg_absmax: Tensor
@@ -298,9 +302,11 @@ class State8bit:
 def adamw_8bit(
     param: Tensor, grad: Tensor, state: State8bit, hyper: AdamWHyper
 ) -> tuple[Tensor, State8bit]:
-    """One AdamW step with 8-bit moments: decode, step, encode again, to nearest (8-bit optimizers, 2)."""
+    """One AdamW step with 8-bit moments: decode, step, encode to nearest (8-bit optimizers, 2)."""
     m = dequantize_8bit(state.exp_avg, state.exp_avg_absmax, OPTIMIZER_BLOCKSIZE, signed=True)
-    v = dequantize_8bit(state.exp_avg_sq, state.exp_avg_sq_absmax, OPTIMIZER_BLOCKSIZE, signed=False)
+    v = dequantize_8bit(
+        state.exp_avg_sq, state.exp_avg_sq_absmax, OPTIMIZER_BLOCKSIZE, signed=False
+    )
     p, m, v = adamw(param.reshape(-1), grad.reshape(-1), m, v, hyper)
     m_codes, m_absmax = quantize_8bit(m, OPTIMIZER_BLOCKSIZE, signed=True)
     v_codes, v_absmax = quantize_8bit(v, OPTIMIZER_BLOCKSIZE, signed=False)

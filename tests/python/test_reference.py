@@ -1,10 +1,9 @@
-"""The reference against what it claims to be: bitsandbytes' bits, torch's AdamW, dropout.h's C++."""
+"""The reference against what it claims to be: bitsandbytes' bits, torch's AdamW, dropout.h's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-
 from qlora_native import reference
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -71,7 +70,9 @@ def test_8bit_table_rounding_is_bitsandbytes_bits(signed):
     x[:256] = 0
     x[300] = torch.nan
     codes, absmax = reference.quantize_8bit(x, 256, signed, "bitsandbytes_cpu")
-    want, state = bnb.quantize_blockwise(x, code=bnb.create_dynamic_map(signed=signed), blocksize=256)
+    want, state = bnb.quantize_blockwise(
+        x, code=bnb.create_dynamic_map(signed=signed), blocksize=256
+    )
     assert torch.equal(codes, want)
     assert torch.equal(absmax, state.absmax)
 
@@ -100,7 +101,7 @@ def test_double_quantization_round_trip_is_bitsandbytes_bits():
     assert torch.equal(reference.dequantize_scales(codes, nested_absmax, offset), decoded)
 
 
-# (seed, row, column, bits): dropout_bits(dropout_row_key(seed, row), column), from the header compiled.
+# (seed, row, column, bits): dropout_bits(dropout_row_key(seed, row), column) of the compiled header.
 DROPOUT_BITS = [
     (0, 0, 0, 0xDD028AB4),
     (0, 7, 1, 0xADF25743),
