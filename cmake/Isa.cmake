@@ -2,6 +2,10 @@
 set(QLORA_ISA_FLAGS_scalar "")
 set(QLORA_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(QLORA_ISA_FLAGS_avx512 ${QLORA_ISA_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+# GCC 12's own AVX-512 header leaves registers undefined on purpose and warns of it (GCC bug 105593).
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  list(APPEND QLORA_ISA_FLAGS_avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
+endif()
 set(QLORA_ISA_FLAGS_avx512bf16 ${QLORA_ISA_FLAGS_avx512} -mavx512bf16)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")

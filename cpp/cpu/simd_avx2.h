@@ -14,6 +14,7 @@ struct Avx2 {
   static constexpr const char* kName = "avx2";
   static constexpr int kWidth = 8;
   using F = __m256;
+  using I = __m256i;
 
   static F zero() { return _mm256_setzero_ps(); }
   static F set1(float value) { return _mm256_set1_ps(value); }
@@ -50,6 +51,10 @@ struct Avx2 {
   static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max_magnitude(F magnitude, F x) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(bits(magnitude), bits(abs(x))));
+  }
 
   // ---- across lanes ----
   static float reduce_add(F v) {
@@ -61,6 +66,77 @@ struct Avx2 {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+
+  static float reduce_max_magnitude(F v) {
+    __m128i x =
+        _mm_max_epi32(_mm256_castsi256_si128(bits(v)), _mm256_extracti128_si256(bits(v), 1));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0b1110));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0b0001));
+    return _mm_cvtss_f32(_mm_castsi128_ps(x));
+  }
+
+  // ---- 32-bit integers ----
+  static I set1_int(std::int32_t value) { return _mm256_set1_epi32(value); }
+  static I bits(F v) { return _mm256_castps_si256(v); }
+  static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
+  static I max(I a, I b) { return _mm256_max_epi32(a, b); }
+  template <int kBits>
+  static I shift_right(I a) {
+    return _mm256_srai_epi32(a, kBits);
+  }
+  static I truncate(F v) { return _mm256_cvttps_epi32(v); }
+  static I count_above(I count, F x, F threshold) {
+    return sub(count, bits(_mm256_cmp_ps(x, threshold, _CMP_NLE_UQ)));
+  }
+
+  // ---- bytes ----
+  static I load_bytes(const std::uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadu_si64(p)); }
+  static void store_bytes(std::uint8_t* p, I v) {
+    const __m128i words =
+        _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storeu_si64(p, _mm_packus_epi16(words, words));
+  }
+  static F gather(const float* base, I index) { return _mm256_i32gather_ps(base, index, 4); }
+  static I gather_bytes(const std::uint8_t* base, I index) {
+    const I words = _mm256_i32gather_epi32(reinterpret_cast<const int*>(base), index, 1);
+    return bit_and(words, set1_int(0xFF));
+  }
+
+  // ---- 4-bit codes ----
+  // Every lane takes all four bytes and shifts its own nibble to the bottom: one load, one shift.
+  static I unpack_codes(const std::uint8_t* packed) {
+    std::int32_t bytes;
+    std::memcpy(&bytes, packed, sizeof bytes);
+    return _mm256_srlv_epi32(set1_int(bytes), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+  }
+  static void pack_codes(std::uint8_t* packed, I codes) {
+    // A 64-bit lane holds two codes, 32 bits apart: fold the second one onto the first's low end.
+    const I pairs = _mm256_or_si256(_mm256_slli_epi32(codes, 4), _mm256_srli_epi64(codes, 32));
+    const I first_bytes =
+        _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8, -1, -1,
+                         -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const I bytes = _mm256_shuffle_epi8(pairs, first_bytes);
+    const __m128i joined =
+        _mm_unpacklo_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    const std::int32_t word = _mm_cvtsi128_si32(joined);
+    std::memcpy(packed, &word, sizeof word);
+  }
+
+  struct Table {
+    F low, high;
+  };
+  static Table table(const float* entries) { return {load(entries), load(entries + 8)}; }
+  static Table scaled(const Table& t, float scale) {
+    return {mul(t.low, set1(scale)), mul(t.high, set1(scale))};
+  }
+  // vpermps reads three bits of the code; the fourth, moved to the sign, chooses the half.
+  static F lookup(const Table& t, I codes) {
+    const F upper_half = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, codes),
+                            _mm256_permutevar8x32_ps(t.high, codes), upper_half);
   }
 
   // ---- 16-bit elements ----
@@ -85,8 +161,8 @@ struct Avx2 {
         _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-    const __m256i chosen = _mm256_castps_si256(_mm256_blendv_ps(
-        _mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), is_nan));
+    const __m256i chosen = _mm256_castps_si256(
+        _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), is_nan));
     const __m256i high = _mm256_srli_epi32(chosen, 16);
     const __m256i packed = _mm256_packus_epi32(high, high);
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));

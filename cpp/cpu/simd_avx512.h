@@ -4,7 +4,9 @@
 
 #include <immintrin.h>
 
+#include <bit>
 #include <cstdint>
+#include <cstring>
 
 #include "qlora_native/types.h"
 
@@ -14,6 +16,7 @@ struct Avx512 {
   static constexpr const char* kName = "avx512";
   static constexpr int kWidth = 16;
   using F = __m512;
+  using I = __m512i;
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float value) { return _mm512_set1_ps(value); }
@@ -50,6 +53,10 @@ struct Avx512 {
   static F abs(F a) { return _mm512_abs_ps(a); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max_magnitude(F magnitude, F x) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(bits(magnitude), bits(abs(x))));
+  }
 
   // ---- across lanes ----
   static float reduce_add(F v) {
@@ -59,6 +66,61 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
   }
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
+
+  static float reduce_max_magnitude(F v) {
+    return std::bit_cast<float>(_mm512_reduce_max_epi32(bits(v)));
+  }
+
+  // ---- 32-bit integers ----
+  static I set1_int(std::int32_t value) { return _mm512_set1_epi32(value); }
+  static I bits(F v) { return _mm512_castps_si512(v); }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+  static I max(I a, I b) { return _mm512_max_epi32(a, b); }
+  template <int kBits>
+  static I shift_right(I a) {
+    return _mm512_srai_epi32(a, kBits);
+  }
+  static I truncate(F v) { return _mm512_cvttps_epi32(v); }
+  static I count_above(I count, F x, F threshold) {
+    const __mmask16 above = _mm512_cmp_ps_mask(x, threshold, _CMP_NLE_UQ);
+    return _mm512_mask_add_epi32(count, above, count, set1_int(1));
+  }
+
+  // ---- bytes ----
+  static I load_bytes(const std::uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_bytes(std::uint8_t* p, I v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  }
+  static F gather(const float* base, I index) { return _mm512_i32gather_ps(index, base, 4); }
+  static I gather_bytes(const std::uint8_t* base, I index) {
+    return bit_and(_mm512_i32gather_epi32(index, base, 1), set1_int(0xFF));
+  }
+
+  // ---- 4-bit codes ----
+  // The lower lanes take the first four bytes, the upper ones the last four, and every lane shifts
+  // its own nibble to the bottom.
+  static I unpack_codes(const std::uint8_t* packed) {
+    std::int32_t first, last;
+    std::memcpy(&first, packed, sizeof first);
+    std::memcpy(&last, packed + 4, sizeof last);
+    const I bytes = _mm512_mask_set1_epi32(set1_int(first), 0xFF00, last);
+    return _mm512_srlv_epi32(
+        bytes, _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24));
+  }
+  static void pack_codes(std::uint8_t* packed, I codes) {
+    // A 64-bit lane holds two codes, 32 bits apart: fold the second one onto the first's low end.
+    const I pairs = _mm512_or_si512(_mm512_slli_epi32(codes, 4), _mm512_srli_epi64(codes, 32));
+    _mm_storeu_si64(packed, _mm512_cvtepi64_epi8(pairs));
+  }
+
+  using Table = F;
+  static Table table(const float* entries) { return load(entries); }
+  static Table scaled(Table t, float scale) { return mul(t, set1(scale)); }
+  static F lookup(Table t, I codes) { return _mm512_permutexvar_ps(codes, t); }
 
   // ---- 16-bit elements ----
   static F widen_f16(__m256i bits) { return _mm512_cvtph_ps(bits); }
@@ -73,8 +135,7 @@ struct Avx512 {
     const __m512i rounded =
         _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i chosen =
-        _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    const __m512i chosen = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
   }
 

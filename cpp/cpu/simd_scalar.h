@@ -1,7 +1,9 @@
-// The SIMD vocabulary in plain C++: the definition of each word, and the path of processors that have
-// no vector path of their own. Four lanes in an array, which compilers turn into baseline SSE2 or NEON.
+// The SIMD vocabulary in plain C++: the definition of each word, and the path of processors that
+// have no vector path of their own. Four lanes in an array, which compilers turn into baseline SSE2
+// or NEON.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,10 +19,19 @@ struct Scalar {
   struct F {
     float lane[kWidth];
   };
+  struct I {
+    std::int32_t lane[kWidth];
+  };
 
   template <class Op>
   static F map(Op op) {
     F result;
+    for (int i = 0; i < kWidth; ++i) result.lane[i] = op(i);
+    return result;
+  }
+  template <class Op>
+  static I map_int(Op op) {
+    I result;
     for (int i = 0; i < kWidth; ++i) result.lane[i] = op(i);
     return result;
   }
@@ -76,6 +87,14 @@ struct Scalar {
   static F max(F a, F b) {
     return map([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
+  static F min(F a, F b) {
+    return map([=](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  // The larger of `magnitude` (not negative) and |x|, and NaN where either is: compared as
+  // integers, in which order every NaN stands above infinity.
+  static F max_magnitude(F magnitude, F x) {
+    return map([=](int i) { return larger_magnitude(magnitude.lane[i], x.lane[i]); });
+  }
 
   // ---- across lanes, in a fixed order ----
   static float reduce_add(F v) { return (v.lane[0] + v.lane[2]) + (v.lane[1] + v.lane[3]); }
@@ -83,6 +102,97 @@ struct Scalar {
     const float low = v.lane[0] > v.lane[2] ? v.lane[0] : v.lane[2];
     const float high = v.lane[1] > v.lane[3] ? v.lane[1] : v.lane[3];
     return low > high ? low : high;
+  }
+  // Of lanes that are not negative: the largest, NaN if any is.
+  static float reduce_max_magnitude(F v) {
+    return larger_magnitude(larger_magnitude(v.lane[0], v.lane[2]),
+                            larger_magnitude(v.lane[1], v.lane[3]));
+  }
+
+  // ---- 32-bit integers ----
+  static I set1_int(std::int32_t value) {
+    return map_int([=](int) { return value; });
+  }
+  static I bits(F v) {
+    return map_int([=](int i) { return std::bit_cast<std::int32_t>(v.lane[i]); });
+  }
+  static I add(I a, I b) {
+    return map_int([=](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  static I sub(I a, I b) {
+    return map_int([=](int i) { return a.lane[i] - b.lane[i]; });
+  }
+  static I bit_and(I a, I b) {
+    return map_int([=](int i) { return a.lane[i] & b.lane[i]; });
+  }
+  static I max(I a, I b) {
+    return map_int([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  // Copies of the sign come in from the left.
+  template <int kBits>
+  static I shift_right(I a) {
+    return map_int([=](int i) { return a.lane[i] >> kBits; });
+  }
+  // Toward zero; what lies outside an int32 is unspecified.
+  static I truncate(F v) {
+    return map_int([=](int i) { return static_cast<std::int32_t>(v.lane[i]); });
+  }
+  // count + 1 where x is above the threshold or NaN.
+  static I count_above(I count, F x, F threshold) {
+    return map_int([=](int i) { return count.lane[i] + (x.lane[i] <= threshold.lane[i] ? 0 : 1); });
+  }
+
+  // ---- bytes: one to a lane ----
+  static I load_bytes(const std::uint8_t* p) {
+    return map_int([=](int i) { return static_cast<std::int32_t>(p[i]); });
+  }
+  static void store_bytes(std::uint8_t* p, I v) {
+    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::uint8_t>(v.lane[i]);
+  }
+  static F gather(const float* base, I index) {
+    return map([=](int i) { return base[index.lane[i]]; });
+  }
+  // A vector path reads up to three bytes past the one asked for.
+  static I gather_bytes(const std::uint8_t* base, I index) {
+    return map_int([=](int i) { return static_cast<std::int32_t>(base[index.lane[i]]); });
+  }
+
+  // ---- 4-bit codes: two to a byte, the first in the high nibble ----
+  // kWidth codes from kWidth / 2 bytes. A code is the low four bits of its lane; what the other
+  // bits hold is unspecified.
+  static I unpack_codes(const std::uint8_t* packed) {
+    return map_int([=](int i) { return packed[i / 2] >> (i % 2 == 0 ? 4 : 0); });
+  }
+  // The other way; here a lane holds its code and nothing else.
+  static void pack_codes(std::uint8_t* packed, I codes) {
+    for (int i = 0; i < kWidth; i += 2) {
+      packed[i / 2] = static_cast<std::uint8_t>((codes.lane[i] << 4) | codes.lane[i + 1]);
+    }
+  }
+
+  // Sixteen floats held in registers, looked up by the low four bits of each lane.
+  struct Table {
+    float entry[16];
+  };
+  static Table table(const float* entries) {
+    Table result;
+    for (int i = 0; i < 16; ++i) result.entry[i] = entries[i];
+    return result;
+  }
+  static Table scaled(const Table& t, float scale) {
+    Table result;
+    for (int i = 0; i < 16; ++i) result.entry[i] = t.entry[i] * scale;
+    return result;
+  }
+  static F lookup(const Table& t, I codes) {
+    return map([&](int i) { return t.entry[codes.lane[i] & 0xF]; });
+  }
+
+ private:
+  static float larger_magnitude(float a, float b) {
+    const std::int32_t x = std::bit_cast<std::int32_t>(a) & 0x7FFFFFFF;
+    const std::int32_t y = std::bit_cast<std::int32_t>(b) & 0x7FFFFFFF;
+    return std::bit_cast<float>(x > y ? x : y);
   }
 };
 

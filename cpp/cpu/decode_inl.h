@@ -1,0 +1,67 @@
+// Decodes runs of a packed 4-bit weight, anywhere in it: what dequantize_4bit writes out whole, and
+// what the linear kernels read panel by panel.
+//
+// The sixteen values are multiplied with the block's scale once and then only looked up: the same
+// bits as value * scale, at one multiplication for a whole block. A block starts at a whole byte,
+// for block sizes are even, but a run may start at the low nibble of one (a row of an odd width).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "qlora_native/layout.h"
+#include "qlora_native/params.h"
+#include "scales_inl.h"
+
+namespace qlora::cpu {
+
+// The values that the codes of one block stand for.
+template <class V>
+typename V::Table block_table(const Weight4bit& weight, std::int64_t block) {
+  return V::scaled(V::table(weight.format.values), block_scale<V>(weight.scales, block));
+}
+
+// `count` < kWidth codes: no byte past the last one that holds any is read.
+template <class V>
+typename V::I unpack_codes_n(const std::uint8_t* packed, std::int64_t count) {
+  std::uint8_t bytes[V::kWidth / 2] = {};
+  std::memcpy(bytes, packed, static_cast<std::size_t>(packed_bytes(count)));
+  return V::unpack_codes(bytes);
+}
+
+// `count` values whose first code is the high nibble of packed[0].
+template <class V, class T>
+void decode_aligned(const typename V::Table& table, const std::uint8_t* packed, std::int64_t count,
+                    T* out) {
+  std::int64_t i = 0;
+  for (; i + V::kWidth <= count; i += V::kWidth) {
+    V::store(out + i, V::lookup(table, V::unpack_codes(packed + i / 2)));
+  }
+  if (i < count) {
+    const std::int64_t rest = count - i;
+    V::store_n(out + i, V::lookup(table, unpack_codes_n<V>(packed + i / 2, rest)), rest);
+  }
+}
+
+// out[0..count) = the weight's values first .. first + count - 1 in row-major order, as T.
+template <class V, class T>
+void decode_run(const Weight4bit& weight, std::int64_t first, std::int64_t count, T* out) {
+  const std::int64_t end = first + count;
+  for (std::int64_t i = first; i < end;) {
+    const std::int64_t block = i / weight.blocksize;
+    const std::int64_t block_end = (block + 1) * weight.blocksize;
+    const std::int64_t stop = block_end < end ? block_end : end;
+    const auto table = block_table<V>(weight, block);
+    if (i % 2 != 0) {
+      const auto byte = static_cast<std::uint8_t>(weight.packed[i / 2] << 4);
+      decode_aligned<V>(table, &byte, 1, out);
+      ++out;
+      ++i;
+    }
+    decode_aligned<V>(table, weight.packed + i / 2, stop - i, out);
+    out += stop - i;
+    i = stop;
+  }
+}
+
+}  // namespace qlora::cpu
