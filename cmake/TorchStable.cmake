@@ -2,7 +2,8 @@
 #
 # Gives the target TorchStable: headers, libtorch_cpu, and the ABI version that the library promises
 # to run on. This is the one place that names that version.
-set(QLORA_TORCH_TARGET_VERSION 0x020a000000000000) # torch 2.10
+set(QLORA_TORCH_TARGET_NAME "2.10")
+set(QLORA_TORCH_TARGET_VERSION 0x020a000000000000) # major, minor, patch: a byte each, from the top
 
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -c

@@ -124,4 +124,11 @@ const char* available_isa(int i) {
   return nullptr;
 }
 
+const char* built_isa(int i) {
+  for (const Isa* isa = isas(); isa->name != nullptr; ++isa) {
+    if (i-- == 0) return isa->name;
+  }
+  return nullptr;
+}
+
 }  // namespace qlora::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "qlora_native/backend.h"
+#include "qlora_native/export.h"
 
 namespace qlora::cpu {
 
@@ -17,10 +18,12 @@ const Backend& backend();
 
 // "scalar", "avx2", "avx512" or "avx512bf16"; null or "" goes back to the widest. False, and nothing
 // changed, where the name is unknown, not built, or not run by this processor.
-bool force_isa(const char* name);
+QLORA_EXPORT bool force_isa(const char* name);
 
-// The name of the path in use, and the i-th path that could be (null past the last).
-const char* isa_name();
-const char* available_isa(int i);
+// The name of the path in use; the i-th path that could be; the i-th that was built (null past the
+// last).
+QLORA_EXPORT const char* isa_name();
+QLORA_EXPORT const char* available_isa(int i);
+QLORA_EXPORT const char* built_isa(int i);
 
 }  // namespace qlora::cpu

@@ -39,7 +39,8 @@ STABLE_TORCH_LIBRARY(qlora_native, m) {
   // ---- linear ----
   m.def(
       "linear_4bit(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, "
-      "Tensor? nested_offset, int out_features, int blocksize, str format, Tensor? bias) -> Tensor");
+      "Tensor? nested_offset, int out_features, int blocksize, str format, Tensor? bias) -> "
+      "Tensor");
   m.def(
       "linear_4bit.out(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, "
       "Tensor? nested_offset, int blocksize, str format, Tensor? bias, *, Tensor(a!) out) -> ()");

@@ -1,6 +1,42 @@
-// torch's stable ABI, and nothing else of torch: what lets one build run on every torch from 2.10 on.
+// torch's stable ABI, and nothing else of torch: what lets one build run on every torch from 2.10
+// on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+namespace qlora::torch_ops {
+
+using ::torch::headeronly::ScalarType;
+using ::torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::span<const std::int64_t> sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.data(), sizes.size()};
+}
+
+// An uninitialised tensor on the device of `like`.
+inline Tensor empty_on(const Tensor& like, std::span<const std::int64_t> shape, ScalarType dtype) {
+  return ::torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+}
+
+inline Tensor empty_on(const Tensor& like, std::int64_t size, ScalarType dtype) {
+  return empty_on(like, std::span<const std::int64_t>(&size, 1), dtype);
+}
+
+inline Tensor make_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : ::torch::stable::contiguous(t);
+}
+
+inline OptionalTensor make_contiguous(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(make_contiguous(*t)) : OptionalTensor();
+}
+
+}  // namespace qlora::torch_ops

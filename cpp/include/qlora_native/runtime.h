@@ -1,0 +1,11 @@
+// What the shared library tells about the process it runs in.
+#pragma once
+
+#include "qlora_native/export.h"
+
+namespace qlora {
+
+// Threads that an op may use: torch.get_num_threads().
+QLORA_EXPORT int num_threads();
+
+}  // namespace qlora

@@ -1,0 +1,76 @@
+"""QLoRA on native kernels: 4-bit frozen weights, LoRA adapters, 8-bit optimizers.
+
+Importing this package registers the ops (`torch.ops.qlora_native.*`) with their fakes and gradients.
+Everything else is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qlora_native import _fake as _fake
+from qlora_native import autograd as autograd
+from qlora_native import ops as ops
+from qlora_native._core import available_isas, build_info, codebook, cpu_isa, dynamic_map, force_isa
+
+if TYPE_CHECKING:
+    from qlora_native import functional as functional
+    from qlora_native import nn as nn
+    from qlora_native import optim as optim
+    from qlora_native.adapter import load_adapter, save_adapter
+    from qlora_native.loading import load_model, save_quantized
+    from qlora_native.model import add_lora, merge, quantize, unmerge
+    from qlora_native.quant_state import QuantState
+
+__version__ = "0.1.0"
+
+# name -> the module that has it
+_LAZY = {
+    "QuantState": "quant_state",
+    "add_lora": "model",
+    "load_adapter": "adapter",
+    "load_model": "loading",
+    "merge": "model",
+    "quantize": "model",
+    "save_adapter": "adapter",
+    "save_quantized": "loading",
+    "unmerge": "model",
+}
+_LAZY_MODULES = ("functional", "nn", "optim")
+
+__all__ = [
+    "QuantState",
+    "add_lora",
+    "available_isas",
+    "build_info",
+    "codebook",
+    "cpu_isa",
+    "dynamic_map",
+    "force_isa",
+    "functional",
+    "load_adapter",
+    "load_model",
+    "merge",
+    "nn",
+    "ops",
+    "optim",
+    "quantize",
+    "save_adapter",
+    "save_quantized",
+    "unmerge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"qlora_native.{name}")
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f"qlora_native.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'qlora_native' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})

@@ -1,0 +1,27 @@
+"""Build information, instruction sets and codebooks of qlora_native (cpp/python/module.cpp)."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]:
+    """How this build was made and what it can use here."""
+
+def num_threads() -> int:
+    """Threads an op may use: torch.get_num_threads()."""
+
+def cpu_isa() -> str:
+    """The instruction set in use: "scalar", "avx2", "avx512" or "avx512bf16"."""
+
+def available_isas() -> list[str]:
+    """Built and run by this processor, narrowest first."""
+
+def force_isa(name: str | None) -> None:
+    """Use this instruction set from now on, process-wide; None for the widest.
+
+    Raises ValueError where this processor does not run it.
+    """
+
+def codebook(format: str) -> list[float]:
+    """The 16 values of "nf4" or "fp4", by code."""
+
+def dynamic_map(signed: bool) -> list[float]:
+    """The 256 values of the dynamic 8-bit map, by code."""
