@@ -1,6 +1,6 @@
 """QLoRA on native kernels: 4-bit frozen weights, LoRA adapters, 8-bit optimizers.
 
-Importing this package registers the ops (`torch.ops.qlora_native.*`) with their fakes and gradients.
+Importing this package registers the ops (`torch.ops.qlora_native.*`) with fakes and gradients.
 Everything else is imported when it is first asked for.
 """
 

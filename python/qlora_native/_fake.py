@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,12 @@ from torch import Tensor
 from qlora_native import _load as _load
 
 NESTED_BLOCKSIZE = 256
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _fake(op: str) -> Callable[[F], F]:
+    return cast(Callable[[F], F], torch.library.register_fake(f"qlora_native::{op}"))
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -21,7 +27,7 @@ def _with_last(x: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor
     return x.new_empty((*x.shape[:-1], size), dtype=dtype or x.dtype)
 
 
-@torch.library.register_fake("qlora_native::quantize_4bit")
+@_fake("quantize_4bit")
 def _quantize_4bit(x: Tensor, blocksize: int, format: str) -> tuple[Tensor, Tensor]:
     return (
         x.new_empty(_ceil_div(x.numel(), 2), dtype=torch.uint8),
@@ -29,7 +35,7 @@ def _quantize_4bit(x: Tensor, blocksize: int, format: str) -> tuple[Tensor, Tens
     )
 
 
-@torch.library.register_fake("qlora_native::dequantize_4bit")
+@_fake("dequantize_4bit")
 def _dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
@@ -43,7 +49,7 @@ def _dequantize_4bit(
     return packed.new_empty(tuple(shape), dtype=dtype)
 
 
-@torch.library.register_fake("qlora_native::quantize_8bit")
+@_fake("quantize_8bit")
 def _quantize_8bit(x: Tensor, blocksize: int, signed: bool, rounding: str) -> tuple[Tensor, Tensor]:
     return (
         x.new_empty(x.shape, dtype=torch.uint8),
@@ -51,14 +57,14 @@ def _quantize_8bit(x: Tensor, blocksize: int, signed: bool, rounding: str) -> tu
     )
 
 
-@torch.library.register_fake("qlora_native::dequantize_8bit")
+@_fake("dequantize_8bit")
 def _dequantize_8bit(
     codes: Tensor, absmax: Tensor, blocksize: int, signed: bool, dtype: torch.dtype
 ) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-@torch.library.register_fake("qlora_native::quantize_scales")
+@_fake("quantize_scales")
 def _quantize_scales(absmax: Tensor, rounding: str) -> tuple[Tensor, Tensor, Tensor]:
     return (
         absmax.new_empty(absmax.numel(), dtype=torch.uint8),
@@ -67,12 +73,12 @@ def _quantize_scales(absmax: Tensor, rounding: str) -> tuple[Tensor, Tensor, Ten
     )
 
 
-@torch.library.register_fake("qlora_native::dequantize_scales")
+@_fake("dequantize_scales")
 def _dequantize_scales(absmax_q8: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
     return absmax_q8.new_empty(absmax_q8.numel(), dtype=torch.float32)
 
 
-@torch.library.register_fake("qlora_native::linear_4bit")
+@_fake("linear_4bit")
 def _linear_4bit(
     x: Tensor,
     packed: Tensor,
@@ -87,7 +93,7 @@ def _linear_4bit(
     return _with_last(x, out_features)
 
 
-@torch.library.register_fake("qlora_native::linear_4bit_backward_input")
+@_fake("linear_4bit_backward_input")
 def _linear_4bit_backward_input(
     grad_out: Tensor,
     packed: Tensor,
@@ -101,7 +107,7 @@ def _linear_4bit_backward_input(
     return _with_last(grad_out, in_features)
 
 
-@torch.library.register_fake("qlora_native::qlora_linear")
+@_fake("qlora_linear")
 def _qlora_linear(
     x: Tensor,
     packed: Tensor,
@@ -118,7 +124,7 @@ def _qlora_linear(
     return _with_last(x, lora_b.shape[0]), _with_last(x, lora_a.shape[0], torch.float32)
 
 
-@torch.library.register_fake("qlora_native::qlora_linear_backward")
+@_fake("qlora_linear_backward")
 def _qlora_linear_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -157,4 +163,4 @@ for _op in (
     "adamw_step",
     "adamw_8bit_step",
 ):
-    torch.library.register_fake(f"qlora_native::{_op}", lambda *args, **kwargs: None)
+    _fake(_op)(lambda *args, **kwargs: None)

@@ -19,7 +19,7 @@ _linear_4bit_backward_input = _ops.linear_4bit_backward_input.default
 _qlora_linear_backward = _ops.qlora_linear_backward.default
 
 
-# ---- linear_4bit ----------------------------------------------------------------------------------
+# ---- linear_4bit --------------------------------------------------------------------------------
 
 
 def _linear_4bit_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -56,7 +56,7 @@ def _backward_input_grad(ctx: Any, grad_grad_x: Tensor) -> tuple[Tensor | None, 
     return grad_grad_out, None, None, None, None, None, None, None
 
 
-# ---- qlora_linear ---------------------------------------------------------------------------------
+# ---- qlora_linear -------------------------------------------------------------------------------
 
 
 def _qlora_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

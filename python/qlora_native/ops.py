@@ -6,7 +6,7 @@ R LoRA rank, n values, n_blocks = ceil(n / blocksize).
 A 4-bit weight [N, K] travels as its parts:
 
     packed         uint8, ceil(N*K/2) bytes in any shape; two codes a byte, the first one high
-    absmax         float32 [n_blocks]; or uint8 [n_blocks] where the scales are double-quantized, with
+    absmax         float32 [n_blocks]; uint8 [n_blocks] where the scales are double-quantized, with
     nested_absmax  float32 [ceil(n_blocks/256)], else None
     nested_offset  float32, one value, else None
 
@@ -51,7 +51,7 @@ _adamw_step = _ops.adamw_step.default
 _adamw_8bit_step = _ops.adamw_8bit_step.default
 
 
-# ---- quantization ---------------------------------------------------------------------------------
+# ---- quantization -------------------------------------------------------------------------------
 
 
 @python_errors
@@ -185,7 +185,7 @@ def dequantize_scales(absmax_q8: Tensor, nested_absmax: Tensor, nested_offset: T
     return cast(Tensor, _dequantize_scales(absmax_q8, nested_absmax, nested_offset))
 
 
-# ---- linear ---------------------------------------------------------------------------------------
+# ---- linear -------------------------------------------------------------------------------------
 
 
 @python_errors
@@ -282,8 +282,8 @@ def qlora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + bias + lora_scale * u B^T with u = drop(x) A^T, in one pass over x.
 
-    Differentiable, once, in x, bias, lora_a and lora_b; the frozen weight gets no gradient, and u is
-    there for the backward pass, not to be differentiated.
+    Differentiable, once, in x, bias, lora_a and lora_b; the frozen weight gets no gradient, and u
+    is there for the backward pass, not to be differentiated.
 
     Args:
         x: [..., K], floating.
@@ -344,7 +344,7 @@ def qlora_linear_backward(
     )  # fmt: skip
 
 
-# ---- optimizer ------------------------------------------------------------------------------------
+# ---- optimizer ----------------------------------------------------------------------------------
 
 
 @python_errors

@@ -1,0 +1,88 @@
+"""Fixtures that every test file may use.
+
+isa           runs the test on each instruction set that this processor has
+threads       runs the test with 1 and with 2 threads
+sentinels     hands out tensors with guarded margins, which are checked when the test ends
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+
+import qlora_native
+
+_AVAILABLE = qlora_native.available_isas()
+_BUILT: list[str] = qlora_native.build_info()["isas_built"]
+_ran: Counter[str] = Counter()
+
+
+@pytest.fixture(params=_BUILT)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the instruction set that the ops use while the test runs."""
+    name: str = request.param
+    if name not in _AVAILABLE:
+        pytest.skip(f"this processor has no {name}")
+    before = qlora_native.cpu_isa()
+    qlora_native.force_isa(name)
+    _ran[name] += 1
+    yield name
+    qlora_native.force_isa(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The number of threads that torch's pool has while the test runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+MARGIN_BYTES = 256
+_SENTINEL = 0xA5
+
+# sentinels(shape, dtype, fill=…) -> tensor
+Sentinels = Callable[..., torch.Tensor]
+
+
+@pytest.fixture
+def sentinels() -> Iterator[Sentinels]:
+    """A factory of contiguous tensors that stand in the middle of a guarded buffer.
+
+    What is written outside such a tensor fails the test. `offset` moves its start by that many
+    bytes off a 64-byte boundary, a multiple of the element's size.
+    """
+    guarded: list[tuple[torch.Tensor, int, int]] = []
+
+    def make(
+        shape: Sequence[int] | int, dtype: torch.dtype = torch.float32, offset: int = 0
+    ) -> torch.Tensor:
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        size = n_bytes + 2 * MARGIN_BYTES + offset + 64
+        buffer = torch.full((size,), _SENTINEL, dtype=torch.uint8)
+        begin = MARGIN_BYTES + (-buffer.data_ptr()) % 64 + offset
+        guarded.append((buffer, begin, begin + n_bytes))
+        return buffer[begin : begin + n_bytes].view(dtype).view(shape)
+
+    yield make
+    for buffer, begin, end in guarded:
+        before = (buffer[:begin] != _SENTINEL).nonzero()
+        after = (buffer[end:] != _SENTINEL).nonzero()
+        assert before.numel() == 0, f"wrote {begin - int(before[0])} bytes before the tensor"
+        assert after.numel() == 0, f"wrote {int(after[-1]) + 1} bytes past the tensor's end"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ran = ", ".join(f"{name} ({_ran[name]} tests)" for name in _BUILT if _ran[name]) or "none"
+    missing = [name for name in _BUILT if name not in _AVAILABLE]
+    terminalreporter.write_sep("-", "instruction sets")
+    terminalreporter.write_line(f"ran: {ran}")
+    if missing:
+        terminalreporter.write_line(f"not on this processor: {', '.join(missing)}")
+    terminalreporter.write_line(f"default here: {qlora_native.cpu_isa()}")
