@@ -4,6 +4,7 @@
 // container may stand in what this includes, or the linker might keep a copy that others cannot run.
 #pragma once
 
+#include "adamw_8bit_inl.h"
 #include "adamw_inl.h"
 #include "dequantize_inl.h"
 #include "linear_inl.h"

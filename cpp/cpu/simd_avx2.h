@@ -55,6 +55,10 @@ struct Avx2 {
   static F max_magnitude(F magnitude, F x) {
     return _mm256_castsi256_ps(_mm256_max_epi32(bits(magnitude), bits(abs(x))));
   }
+  static F where_finite(F test, F a, F b) {
+    const F infinity = _mm256_set1_ps(__builtin_inff());
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(abs(test), infinity, _CMP_LT_OQ));
+  }
 
   // ---- across lanes ----
   static float reduce_add(F v) {

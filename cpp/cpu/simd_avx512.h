@@ -57,6 +57,10 @@ struct Avx512 {
   static F max_magnitude(F magnitude, F x) {
     return _mm512_castsi512_ps(_mm512_max_epi32(bits(magnitude), bits(abs(x))));
   }
+  static F where_finite(F test, F a, F b) {
+    const F infinity = _mm512_set1_ps(__builtin_inff());
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(abs(test), infinity, _CMP_LT_OQ), b, a);
+  }
 
   // ---- across lanes ----
   static float reduce_add(F v) {

@@ -95,6 +95,10 @@ struct Scalar {
   static F max_magnitude(F magnitude, F x) {
     return map([=](int i) { return larger_magnitude(magnitude.lane[i], x.lane[i]); });
   }
+  // a where `test` is a number, b where it is NaN or infinite.
+  static F where_finite(F test, F a, F b) {
+    return map([=](int i) { return std::isfinite(test.lane[i]) ? a.lane[i] : b.lane[i]; });
+  }
 
   // ---- across lanes, in a fixed order ----
   static float reduce_add(F v) { return (v.lane[0] + v.lane[2]) + (v.lane[1] + v.lane[3]); }

@@ -1,0 +1,132 @@
+// AdamW with 8-bit blockwise state (Dettmers et al., "8-bit Optimizers via Block-wise
+// Quantization", 2022), over many tensors in one call.
+//
+// A block of 256 values is decoded, updated in fp32 and encoded again without leaving the L1 cache.
+// The parameter moves by the new moments as they are before encoding, as bitsandbytes has it; codes
+// are the nearest ones (codes_8bit_inl.h), scaled by the block's new absmax.
+//
+// Where a gradient, or its square, is not finite, the value keeps its parameter and its moments:
+// otherwise the block's absmax would carry it into 255 neighbours.
+#pragma once
+
+#include <cstdint>
+
+#include "adamw_update_inl.h"
+#include "codes_8bit_inl.h"
+#include "dispatch.h"
+#include "qlora_native/backend.h"
+#include "qlora_native/layout.h"
+#include "tensor_spans.h"
+
+namespace qlora::cpu {
+
+// The codes of zero.
+inline constexpr std::uint8_t kSignedZero = 127;
+inline constexpr std::uint8_t kUnsignedZero = 0;
+static_assert(kDynamicMapSigned[kSignedZero] == 0.0f && kDynamicMapUnsigned[kUnsignedZero] == 0.0f);
+
+// `count` < kWidth codes; the lanes past them get the code of zero.
+template <class V>
+typename V::I load_codes_n(const std::uint8_t* codes, std::int64_t count, std::uint8_t zero) {
+  std::uint8_t lanes[V::kWidth];
+  for (int i = 0; i < V::kWidth; ++i) lanes[i] = i < count ? codes[i] : zero;
+  return V::load_bytes(lanes);
+}
+
+template <class V>
+void store_codes_n(std::uint8_t* codes, typename V::I code, std::int64_t count) {
+  std::uint8_t lanes[V::kWidth];
+  V::store_bytes(lanes, code);
+  for (int i = 0; i < count; ++i) codes[i] = lanes[i];
+}
+
+// One moment of one block in fp32, between decoding and encoding.
+template <class V>
+struct MomentBlock {
+  using F = typename V::F;
+  static_assert(kOptimizerBlocksize % V::kWidth == 0);
+
+  alignas(64) float values[kOptimizerBlocksize];
+  F largest = V::zero();  // magnitude, by lane
+
+  void put(std::int64_t i, F value) {
+    V::store(values + i, value);
+    largest = V::max_magnitude(largest, value);
+  }
+
+  // A block of zeros has absmax 0 and the codes of zero.
+  void encode(const DynamicCodes& map, std::int64_t count, std::uint8_t* codes, float* absmax) {
+    *absmax = V::reduce_max_magnitude(largest);
+    const F scale = V::set1(*absmax == 0.0f ? 1.0f : *absmax);
+    for (std::int64_t i = 0; i < count; i += V::kWidth) {
+      const auto code = encode_8bit<V>(map, V::div(V::load(values + i), scale));
+      if (i + V::kWidth <= count) {
+        V::store_bytes(codes + i, code);
+      } else {
+        store_codes_n<V>(codes + i, code, count - i);
+      }
+    }
+  }
+};
+
+template <class V, class P, class G>
+void adamw_8bit_block(const Adamw8bitTensor& t, const AdamwUpdate<V>& update, std::int64_t block) {
+  using F = typename V::F;
+  const std::int64_t first = block * kOptimizerBlocksize;
+  const std::int64_t rest = t.n - first;
+  const std::int64_t count = rest < kOptimizerBlocksize ? rest : kOptimizerBlocksize;
+  P* const param = static_cast<P*>(t.param) + first;
+  const G* const grad = static_cast<const G*>(t.grad) + first;
+  std::uint8_t* const m_codes = t.exp_avg + first;
+  std::uint8_t* const v_codes = t.exp_avg_sq + first;
+  const F m_absmax = V::set1(t.exp_avg_absmax[block]);
+  const F v_absmax = V::set1(t.exp_avg_sq_absmax[block]);
+
+  MomentBlock<V> m_block, v_block;
+  const auto update_values = [&](std::int64_t i, F raw_grad, F p, auto m_code, auto v_code) {
+    const F g = update.gradient(raw_grad);
+    const F m_old = V::mul(decode_8bit<V>(kSignedCodes, m_code), m_absmax);
+    const F v_old = V::mul(decode_8bit<V>(kUnsignedCodes, v_code), v_absmax);
+    const F v_new = update.second_moment(v_old, g);
+    const F m = V::where_finite(v_new, update.first_moment(m_old, g), m_old);
+    const F v = V::where_finite(v_new, v_new, v_old);
+    m_block.put(i, m);
+    v_block.put(i, v);
+    return V::where_finite(v_new, update.param(p, m, v), p);
+  };
+
+  std::int64_t i = 0;
+  for (; i + V::kWidth <= count; i += V::kWidth) {
+    V::store(param + i, update_values(i, V::load(grad + i), V::load(param + i),
+                                      V::load_bytes(m_codes + i), V::load_bytes(v_codes + i)));
+  }
+  if (i < count) {
+    // Lanes past the end are given the code of zero, and so hold zero moments.
+    const std::int64_t n = count - i;
+    const F p = update_values(i, V::load_n(grad + i, n), V::load_n(param + i, n),
+                              load_codes_n<V>(m_codes + i, n, kSignedZero),
+                              load_codes_n<V>(v_codes + i, n, kUnsignedZero));
+    V::store_n(param + i, p, n);
+  }
+  m_block.encode(kSignedCodes, count, m_codes, &t.exp_avg_absmax[block]);
+  v_block.encode(kUnsignedCodes, count, v_codes, &t.exp_avg_sq_absmax[block]);
+}
+
+template <class V>
+Status adamw_8bit_step(const Adamw8bitStepParams& params, const Context& context) {
+  if (is_skipped(params.hyper)) return {};
+  const AdamwUpdate<V> update(params.hyper);
+  const auto span = [&](const Adamw8bitTensor& t, std::int64_t begin, std::int64_t end) {
+    with_type(t.param_dtype, [&]<class P>() {
+      with_type(t.grad_dtype, [&]<class G>() {
+        for (std::int64_t i = begin; i < end; i += kOptimizerBlocksize) {
+          adamw_8bit_block<V, P, G>(t, update, i / kOptimizerBlocksize);
+        }
+      });
+    });
+  };
+  for_each_span(params.tensors, params.n_tensors, context, span);
+  return {};
+}
+
+}  // namespace qlora::cpu
