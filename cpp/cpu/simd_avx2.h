@@ -91,6 +91,7 @@ struct Avx2 {
   static I shift_right(I a) {
     return _mm256_srai_epi32(a, kBits);
   }
+  static F to_floats(I a) { return _mm256_cvtepi32_ps(a); }
   static I truncate(F v) { return _mm256_cvttps_epi32(v); }
   static I count_above(I count, F x, F threshold) {
     return sub(count, bits(_mm256_cmp_ps(x, threshold, _CMP_NLE_UQ)));
@@ -116,17 +117,17 @@ struct Avx2 {
     std::memcpy(&bytes, packed, sizeof bytes);
     return _mm256_srlv_epi32(set1_int(bytes), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
   }
-  static void pack_codes(std::uint8_t* packed, I codes) {
-    // A 64-bit lane holds two codes, 32 bits apart: fold the second one onto the first's low end.
-    const I pairs = _mm256_or_si256(_mm256_slli_epi32(codes, 4), _mm256_srli_epi64(codes, 32));
-    const I first_bytes =
-        _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8, -1, -1,
-                         -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-    const I bytes = _mm256_shuffle_epi8(pairs, first_bytes);
-    const __m128i joined =
-        _mm_unpacklo_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
-    const std::int32_t word = _mm_cvtsi128_si32(joined);
-    std::memcpy(packed, &word, sizeof word);
+  // Narrowed to bytes (which leaves each half of the registers with its own codes), joined to pairs
+  // by 16 * first + second, narrowed again, and the halves' byte pairs put in order.
+  static void pack_codes(std::uint8_t* packed, const I (&codes)[4]) {
+    const I words01 = _mm256_packus_epi32(codes[0], codes[1]);
+    const I words23 = _mm256_packus_epi32(codes[2], codes[3]);
+    const I nibbles = _mm256_packus_epi16(words01, words23);
+    const I pairs = _mm256_maddubs_epi16(nibbles, _mm256_set1_epi16(0x0110));
+    const __m128i halves =
+        _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm_shuffle_epi8(halves, order));
   }
 
   struct Table {
@@ -141,6 +142,37 @@ struct Avx2 {
     const F upper_half = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, codes),
                             _mm256_permutevar8x32_ps(t.high, codes), upper_half);
+  }
+
+  // A binary search in four steps. A comparison gives -1, so the count is kept negative on its way;
+  // the bounds of a step lie in the order in which the negative counts name them.
+  struct Midpoints {
+    F step1, step2_low, step2_high, step3, step4;
+  };
+  static Midpoints midpoints(const float* m) {
+    return {set1(m[7]), set1(m[3]), set1(m[11]),
+            _mm256_setr_ps(m[1], m[13], m[9], m[5], m[1], m[13], m[9], m[5]),
+            _mm256_setr_ps(m[0], m[14], m[12], m[10], m[8], m[6], m[4], m[2])};
+  }
+  static I count_below(const Midpoints& m, F x) {
+    const auto twice_and = [](I count, F above) { return add(add(count, count), bits(above)); };
+    const F above1 = _mm256_cmp_ps(x, m.step1, _CMP_NLE_UQ);
+    const F bound2 = _mm256_blendv_ps(m.step2_low, m.step2_high, above1);
+    const I count2 = twice_and(bits(above1), _mm256_cmp_ps(x, bound2, _CMP_NLE_UQ));
+    const F bound3 = _mm256_permutevar_ps(m.step3, count2);
+    const I count3 = twice_and(count2, _mm256_cmp_ps(x, bound3, _CMP_NLE_UQ));
+    const F bound4 = _mm256_permutevar8x32_ps(m.step4, count3);
+    const I count4 = twice_and(count3, _mm256_cmp_ps(x, bound4, _CMP_NLE_UQ));
+    return sub(_mm256_setzero_si256(), count4);
+  }
+
+  using Bytes = __m256i;
+  static Bytes bytes(const std::uint8_t* entries) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+  }
+  // The upper bytes of an index are 0 and fetch entry 0, which is cut off.
+  static I lookup_bytes(Bytes b, I index) {
+    return bit_and(_mm256_shuffle_epi8(b, index), set1_int(0xFF));
   }
 
   // ---- 16-bit elements ----

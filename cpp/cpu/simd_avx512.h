@@ -86,6 +86,7 @@ struct Avx512 {
   static I shift_right(I a) {
     return _mm512_srai_epi32(a, kBits);
   }
+  static F to_floats(I a) { return _mm512_cvtepi32_ps(a); }
   static I truncate(F v) { return _mm512_cvttps_epi32(v); }
   static I count_above(I count, F x, F threshold) {
     const __mmask16 above = _mm512_cmp_ps_mask(x, threshold, _CMP_NLE_UQ);
@@ -115,16 +116,42 @@ struct Avx512 {
     return _mm512_srlv_epi32(
         bytes, _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24));
   }
-  static void pack_codes(std::uint8_t* packed, I codes) {
-    // A 64-bit lane holds two codes, 32 bits apart: fold the second one onto the first's low end.
-    const I pairs = _mm512_or_si512(_mm512_slli_epi32(codes, 4), _mm512_srli_epi64(codes, 32));
-    _mm_storeu_si64(packed, _mm512_cvtepi64_epi8(pairs));
+  static void pack_codes(std::uint8_t* packed, const I (&codes)[2]) {
+    const __m256i nibbles = _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm512_cvtepi32_epi8(codes[0])), _mm512_cvtepi32_epi8(codes[1]), 1);
+    const __m256i pairs = _mm256_maddubs_epi16(nibbles, _mm256_set1_epi16(0x0110));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_cvtepi16_epi8(pairs));
   }
 
   using Table = F;
   static Table table(const float* entries) { return load(entries); }
   static Table scaled(Table t, float scale) { return mul(t, set1(scale)); }
   static F lookup(Table t, I codes) { return _mm512_permutexvar_ps(codes, t); }
+
+  // A binary search in four steps down a tree that lies in one register: node 1 is the root, below
+  // node i are 2 i and 2 i + 1. After four steps a lane holds 16 + its count.
+  using Midpoints = F;
+  static Midpoints midpoints(const float* m) {
+    return _mm512_setr_ps(0, m[7], m[3], m[11], m[1], m[5], m[9], m[13], m[0], m[2], m[4], m[6],
+                          m[8], m[10], m[12], m[14]);
+  }
+  static I count_below(Midpoints m, F x) {
+    I node = set1_int(1);
+    for (int step = 0; step < 4; ++step) {
+      const F bound = _mm512_permutexvar_ps(node, m);
+      node = count_above(add(node, node), x, bound);
+    }
+    return bit_and(node, set1_int(0xF));
+  }
+
+  using Bytes = __m512i;
+  static Bytes bytes(const std::uint8_t* entries) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+  }
+  // Three bytes in four of the index are 0 and would fetch entry 0: the mask leaves them 0.
+  static I lookup_bytes(Bytes b, I index) {
+    return _mm512_maskz_shuffle_epi8(0x1111111111111111, b, index);
+  }
 
   // ---- 16-bit elements ----
   static F widen_f16(__m256i bits) { return _mm512_cvtph_ps(bits); }

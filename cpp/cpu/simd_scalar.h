@@ -137,6 +137,9 @@ struct Scalar {
   static I shift_right(I a) {
     return map_int([=](int i) { return a.lane[i] >> kBits; });
   }
+  static F to_floats(I a) {
+    return map([=](int i) { return static_cast<float>(a.lane[i]); });
+  }
   // Toward zero; what lies outside an int32 is unspecified.
   static I truncate(F v) {
     return map_int([=](int i) { return static_cast<std::int32_t>(v.lane[i]); });
@@ -167,10 +170,12 @@ struct Scalar {
   static I unpack_codes(const std::uint8_t* packed) {
     return map_int([=](int i) { return packed[i / 2] >> (i % 2 == 0 ? 4 : 0); });
   }
-  // The other way; here a lane holds its code and nothing else.
-  static void pack_codes(std::uint8_t* packed, I codes) {
-    for (int i = 0; i < kWidth; i += 2) {
-      packed[i / 2] = static_cast<std::uint8_t>((codes.lane[i] << 4) | codes.lane[i + 1]);
+  // The other way, 32 codes at a time; here a lane holds its code and nothing else.
+  static void pack_codes(std::uint8_t* packed, const I (&codes)[32 / kWidth]) {
+    for (int i = 0; i < 32; i += 2) {
+      const std::int32_t first = codes[i / kWidth].lane[i % kWidth];
+      const std::int32_t second = codes[i / kWidth].lane[i % kWidth + 1];
+      packed[i / 2] = static_cast<std::uint8_t>((first << 4) | second);
     }
   }
 
@@ -190,6 +195,34 @@ struct Scalar {
   }
   static F lookup(const Table& t, I codes) {
     return map([&](int i) { return t.entry[codes.lane[i] & 0xF]; });
+  }
+
+  // Fifteen ascending bounds; how many of them are below x (all of them, where x is NaN).
+  struct Midpoints {
+    float bound[15];
+  };
+  static Midpoints midpoints(const float* bounds) {
+    Midpoints result;
+    for (int i = 0; i < 15; ++i) result.bound[i] = bounds[i];
+    return result;
+  }
+  static I count_below(const Midpoints& m, F x) {
+    I count = set1_int(0);
+    for (const float bound : m.bound) count = count_above(count, x, set1(bound));
+    return count;
+  }
+
+  // Sixteen bytes, looked up by lanes that hold 0..15.
+  struct Bytes {
+    std::uint8_t entry[16];
+  };
+  static Bytes bytes(const std::uint8_t* entries) {
+    Bytes result;
+    for (int i = 0; i < 16; ++i) result.entry[i] = entries[i];
+    return result;
+  }
+  static I lookup_bytes(const Bytes& b, I index) {
+    return map_int([&](int i) { return static_cast<std::int32_t>(b.entry[index.lane[i]]); });
   }
 
  private:

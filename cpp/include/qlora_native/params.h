@@ -13,16 +13,17 @@
 
 namespace qlora {
 
-// ---- quantization ---------------------------------------------------------------------------------
+// ---- quantization
+// ---------------------------------------------------------------------------------
 
 struct Quantize4bitParams {
   Format format;
-  std::int64_t n;           // values
-  std::int64_t blocksize;   // values that share a scale; a power of two, 32..4096
-  DType dtype;              // of x
-  const void* x;            // [n]
-  std::uint8_t* packed;     // [ceil(n/2)] out
-  float* absmax;            // [ceil(n/blocksize)] out
+  std::int64_t n;          // values
+  std::int64_t blocksize;  // values that share a scale; a power of two, 32..4096
+  DType dtype;             // of x
+  const void* x;           // [n]
+  std::uint8_t* packed;    // [ceil(n/2)] out
+  float* absmax;           // [ceil(n/blocksize)] out
 };
 
 // Scales of a 4-bit matrix: plain (absmax) or double-quantized (the other three), never both.
@@ -77,14 +78,16 @@ struct Dequantize8bitParams {
   void* out;                  // [n] out
 };
 
-// Double quantization of absmax itself (QLoRA, section 3): offset = mean, blocks of 256, signed map.
+// Double quantization of absmax itself (QLoRA, section 3): offset = mean, blocks of 256, signed
+// map.
 struct QuantizeScalesParams {
   std::int64_t n;
   CodeRounding rounding;
-  const float* absmax;      // [n]
-  std::uint8_t* absmax_q8;  // [n] out
-  float* nested_absmax;     // [ceil(n/256)] out
-  float* nested_offset;     // [1] out
+  const float* absmax;            // [n]
+  const float* offset = nullptr;  // [1] to subtract, or null: the mean
+  std::uint8_t* absmax_q8;        // [n] out
+  float* nested_absmax;           // [ceil(n/256)] out
+  float* nested_offset;           // [1] out, what was subtracted
 };
 
 struct DequantizeScalesParams {
@@ -93,7 +96,8 @@ struct DequantizeScalesParams {
   float* absmax;  // [n] out
 };
 
-// ---- linear ---------------------------------------------------------------------------------------
+// ---- linear
+// ---------------------------------------------------------------------------------------
 
 // y = x W^T + bias
 struct LinearParams {
@@ -116,10 +120,10 @@ struct LinearBackwardInputParams {
 
 struct Lora {
   std::int64_t r;
-  DType dtype;    // of a and b (and of their gradients)
-  const void* a;  // [R, K]
-  const void* b;  // [N, R]
-  float scale;    // alpha / r, or alpha / sqrt(r) for rsLoRA
+  DType dtype;                       // of a and b (and of their gradients)
+  const void* a;                     // [R, K]
+  const void* b;                     // [N, R]
+  float scale;                       // alpha / r, or alpha / sqrt(r) for rsLoRA
   float dropout_p;                   // 0: none
   const std::int64_t* dropout_seed;  // [1]; null when dropout_p is 0
 };
@@ -149,7 +153,8 @@ struct QloraLinearBackwardParams {
   void* grad_bias;       // [N] out
 };
 
-// ---- optimizer ------------------------------------------------------------------------------------
+// ---- optimizer
+// ------------------------------------------------------------------------------------
 
 // AdamW (Loshchilov & Hutter, 2019) in torch.optim.AdamW's order of operations.
 struct AdamwHyper {
@@ -168,10 +173,10 @@ struct AdamwTensor {
   std::int64_t n;
   DType param_dtype;
   DType grad_dtype;
-  void* param;       // [n] in, out
-  const void* grad;  // [n]
-  float* exp_avg;    // [n] in, out
-  float* exp_avg_sq; // [n] in, out
+  void* param;        // [n] in, out
+  const void* grad;   // [n]
+  float* exp_avg;     // [n] in, out
+  float* exp_avg_sq;  // [n] in, out
 };
 
 struct AdamwStepParams {
@@ -180,18 +185,18 @@ struct AdamwStepParams {
   const AdamwTensor* tensors;  // [n_tensors]
 };
 
-// 8-bit blockwise state (Dettmers et al., 2022): codes of the signed map for exp_avg, of the unsigned
-// one for exp_avg_sq, blocks of 256 values with one absmax each.
+// 8-bit blockwise state (Dettmers et al., 2022): codes of the signed map for exp_avg, of the
+// unsigned one for exp_avg_sq, blocks of 256 values with one absmax each.
 struct Adamw8bitTensor {
   std::int64_t n;
   DType param_dtype;
   DType grad_dtype;
-  void* param;                // [n] in, out
-  const void* grad;           // [n]
-  std::uint8_t* exp_avg;      // [n] in, out
-  std::uint8_t* exp_avg_sq;   // [n] in, out
-  float* exp_avg_absmax;      // [ceil(n/256)] in, out
-  float* exp_avg_sq_absmax;   // [ceil(n/256)] in, out
+  void* param;               // [n] in, out
+  const void* grad;          // [n]
+  std::uint8_t* exp_avg;     // [n] in, out
+  std::uint8_t* exp_avg_sq;  // [n] in, out
+  float* exp_avg_absmax;     // [ceil(n/256)] in, out
+  float* exp_avg_sq_absmax;  // [ceil(n/256)] in, out
 };
 
 struct Adamw8bitStepParams {

@@ -1,0 +1,27 @@
+// A loop over the caller's threads, written as a lambda:
+//
+//     parallel_for(context, n, grain, [&](std::int64_t begin, std::int64_t end) { … });
+#pragma once
+
+#include <cstdint>
+
+#include "qlora_native/backend.h"
+
+namespace qlora::cpu {
+
+// body(begin, end) on disjoint ranges that cover [0, n), each of at least `grain` where n allows
+// it.
+template <class Body>
+void parallel_for(const Context& context, std::int64_t n, std::int64_t grain, const Body& body) {
+  if (n <= 0) return;
+  if (context.parallel_for == nullptr || n <= grain) {
+    body(std::int64_t{0}, n);
+    return;
+  }
+  const auto run = [](void* arg, std::int64_t begin, std::int64_t end) {
+    (*static_cast<const Body*>(arg))(begin, end);
+  };
+  context.parallel_for(n, grain, run, const_cast<Body*>(&body));
+}
+
+}  // namespace qlora::cpu
