@@ -30,7 +30,8 @@ Tensor dequantize_8bit(Tensor codes, Tensor absmax, std::int64_t blocksize, bool
                        ScalarType dtype);
 void dequantize_8bit_out(Tensor codes, Tensor absmax, std::int64_t blocksize, bool is_signed,
                          Tensor out);
-std::tuple<Tensor, Tensor, Tensor> quantize_scales(Tensor absmax, std::string rounding);
+std::tuple<Tensor, Tensor, Tensor> quantize_scales(Tensor absmax, std::string rounding,
+                                                   OptionalTensor offset);
 Tensor dequantize_scales(Tensor absmax_q8, Tensor nested_absmax, Tensor nested_offset);
 
 // ---- linear: ops_linear.cpp ----

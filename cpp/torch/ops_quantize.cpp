@@ -194,13 +194,19 @@ void dequantize_8bit_out(Tensor codes, Tensor absmax, std::int64_t blocksize, bo
   run_dequantize_8bit(checks, codes, absmax, blocksize, is_signed, dtype, out);
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_scales(Tensor absmax, std::string rounding) {
+std::tuple<Tensor, Tensor, Tensor> quantize_scales(Tensor absmax, std::string rounding,
+                                                   OptionalTensor offset) {
   const Checks checks("quantize_scales");
   const CodeRounding code_rounding = checks.rounding(rounding);
   const std::int64_t n = absmax.numel();
   checks.dtype(absmax, "absmax", ScalarType::Float);
   checks.shape(absmax, "absmax", {{"n_blocks", n}});
   absmax = make_contiguous(absmax);
+  if (offset.has_value()) {
+    checks.same_device(*offset, "offset", absmax, "absmax");
+    checks.dtype(*offset, "offset", ScalarType::Float);
+    checks.numel(*offset, "offset", {"n", 1});
+  }
   Tensor absmax_q8 = empty_on(absmax, n, ScalarType::Byte);
   Tensor nested_absmax = empty_on(absmax, ceil_div(n, kNestedBlocksize), ScalarType::Float);
   Tensor nested_offset = empty_on(absmax, 1, ScalarType::Float);
@@ -209,6 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_scales(Tensor absmax, std::string ro
       .n = n,
       .rounding = code_rounding,
       .absmax = static_cast<const float*>(absmax.const_data_ptr()),
+      .offset = offset.has_value() ? static_cast<const float*>(offset->const_data_ptr()) : nullptr,
       .absmax_q8 = static_cast<std::uint8_t*>(absmax_q8.mutable_data_ptr()),
       .nested_absmax = static_cast<float*>(nested_absmax.mutable_data_ptr()),
       .nested_offset = static_cast<float*>(nested_offset.mutable_data_ptr())};

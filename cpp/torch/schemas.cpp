@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(qlora_native, m) {
       "dequantize_8bit.out(Tensor codes, Tensor absmax, int blocksize, bool signed, *, "
       "Tensor(a!) out) -> ()");
   m.def(
-      "quantize_scales(Tensor absmax, str rounding) -> "
+      "quantize_scales(Tensor absmax, str rounding, Tensor? offset) -> "
       "(Tensor absmax_q8, Tensor nested_absmax, Tensor nested_offset)");
   m.def(
       "dequantize_scales(Tensor absmax_q8, Tensor nested_absmax, Tensor nested_offset) -> Tensor");

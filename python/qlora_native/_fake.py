@@ -65,7 +65,9 @@ def _dequantize_8bit(
 
 
 @_fake("quantize_scales")
-def _quantize_scales(absmax: Tensor, rounding: str) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_scales(
+    absmax: Tensor, rounding: str, offset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         absmax.new_empty(absmax.numel(), dtype=torch.uint8),
         absmax.new_empty(_ceil_div(absmax.numel(), NESTED_BLOCKSIZE)),

@@ -165,18 +165,23 @@ def dequantize_8bit_out(
 
 
 @python_errors
-def quantize_scales(absmax: Tensor, rounding: str = "nearest") -> tuple[Tensor, Tensor, Tensor]:
+def quantize_scales(
+    absmax: Tensor, rounding: str = "nearest", offset: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantization (QLoRA, section 3): absmax less its mean, to 8 bits in blocks of 256.
 
     Args:
         absmax: float32 [n_blocks].
         rounding: as in quantize_8bit.
+        offset: float32 [1] to subtract instead of the mean. The mean taken here is the exact one
+            rounded to float32; bitsandbytes subtracts torch's absmax.mean(), whose last bits
+            depend on torch's threads: whoever wants its codes bit for bit passes that.
 
     Returns:
         absmax_q8 uint8 [n_blocks], nested_absmax float32 [ceil(n_blocks/256)] and nested_offset
-        float32 [1], the mean.
+        float32 [1], what was subtracted.
     """
-    return cast(tuple[Tensor, Tensor, Tensor], _quantize_scales(absmax, rounding))
+    return cast(tuple[Tensor, Tensor, Tensor], _quantize_scales(absmax, rounding, offset))
 
 
 @python_errors
