@@ -67,9 +67,7 @@ def quantize_4bit(
         if not allow_nonfinite:
             _refuse_nonfinite(x, absmax, name)
         codes, nested_absmax, nested_offset = ops.quantize_scales(absmax, scale_rounding)
-        state = QuantState(
-            codes, x.shape, x.dtype, blocksize, format, nested_absmax, nested_offset
-        )
+        state = QuantState(codes, x.shape, x.dtype, blocksize, format, nested_absmax, nested_offset)
     return packed.view(state.packed_shape) if out is None else out, state
 
 

@@ -116,10 +116,12 @@ class QuantState:
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> QuantState:
+    def to(
+        self, device: torch.device | str, non_blocking: bool = False, copy: bool = False
+    ) -> QuantState:
         """This state with its tensors on `device`; dtypes never change."""
         moved: dict[str, Any] = {
-            name: tensor.to(device, non_blocking=non_blocking)
+            name: tensor.to(device, non_blocking=non_blocking, copy=copy)
             for name, tensor in self.tensors().items()
         }
         return replace(self, **moved)
@@ -152,7 +154,11 @@ class QuantState:
         return packed.contiguous().view(-1).view(torch.uint8).view(wanted, 1)
 
     def to_bnb_dict(self, prefix: str = "weight.") -> dict[str, Tensor]:
-        """The state under bitsandbytes' keys, in its order. The packed codes are not among them."""
+        """The state under bitsandbytes' keys, in its order. The packed codes are not among them.
+
+        On the meta device the keys, shapes and dtypes are right, and the JSON's bytes are not there.
+        """
+        meta = self.absmax.is_meta
         settings: dict[str, object] = {
             "quant_type": self.format,
             "blocksize": self.blocksize,
@@ -167,12 +173,12 @@ class QuantState:
             settings |= {
                 "nested_blocksize": NESTED_BLOCKSIZE,
                 "nested_dtype": "float32",
-                "nested_offset": self.nested_offset.item(),
+                "nested_offset": None if meta else self.nested_offset.item(),
             }
             tensors["nested_absmax"] = self.nested_absmax
             tensors["nested_quant_map"] = _dynamic_map().to(self.device, copy=True)
         blob = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
-        tensors[_BLOB + self.format] = blob
+        tensors[_BLOB + self.format] = blob.to("meta") if meta else blob
         return {prefix + name: tensor for name, tensor in tensors.items()}
 
     @classmethod
