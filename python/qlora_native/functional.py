@@ -66,20 +66,22 @@ def quantize_4bit(
     if double_quant:
         if not allow_nonfinite:
             _refuse_nonfinite(x, absmax, name)
-        codes, nested_absmax, nested_offset = ops.quantize_scales(absmax, scale_rounding)
+        # bitsandbytes subtracts torch's mean, whose last bits are not those of the exact one.
+        offset = absmax.mean().view(1) if scale_rounding == "bitsandbytes_cpu" else None
+        codes, nested_absmax, nested_offset = ops.quantize_scales(absmax, scale_rounding, offset)
         state = QuantState(codes, x.shape, x.dtype, blocksize, format, nested_absmax, nested_offset)
     return packed.view(state.packed_shape) if out is None else out, state
 
 
 def _refuse_nonfinite(x: Tensor, absmax: Tensor, name: str) -> None:
-    # A block's absmax is finite exactly when its values are, so the large tensor is read only to count.
+    # A block's absmax is finite exactly when its values are: x itself is read only to count.
     if absmax.is_meta or bool(torch.isfinite(absmax).all()):
         return
     n_nan, n_inf = int(x.isnan().sum()), int(x.isinf().sum())
     raise ValueError(
-        f"{name} {list(x.shape)} holds {n_nan} NaN and {n_inf} Inf: with double_quant=True they would "
-        "make every scale of it non-finite. Repair the weight, or pass double_quant=False (they then "
-        "spoil their own blocks alone) or allow_nonfinite=True"
+        f"{name} {list(x.shape)} holds {n_nan} NaN and {n_inf} Inf: with double_quant=True they "
+        "would make every scale of it non-finite. Repair the weight, or pass double_quant=False "
+        "(they then spoil their own blocks alone) or allow_nonfinite=True"
     )
 
 
@@ -150,7 +152,9 @@ def dequantize_8bit(
 
 
 def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias, W [N, K] read as 4-bit and never held as floats. Differentiable in x and bias.
+    """y = x W^T + bias, W [N, K] read as 4-bit, never held as floats.
+
+    Differentiable in x and bias.
 
     Args:
         x: [..., K].

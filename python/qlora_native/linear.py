@@ -1,9 +1,9 @@
 """`Linear4bit`: nn.Linear on a frozen weight held in 4 bits.
 
-The packed codes and their scales are buffers of the module that no dtype cast touches: `.half()`,
-`.to(torch.bfloat16)` and `.float()` change the bias alone. In a state dict they stand under
-bitsandbytes' keys (quant_state.py), so `load_state_dict` reads what bitsandbytes wrote and the other
-way round; a float `weight` is read too, and quantized.
+The packed codes and their scales are buffers that no dtype cast touches: `.half()`, `.float()` and
+`.to(torch.bfloat16)` change the bias alone. In a state dict they stand under bitsandbytes' keys
+(quant_state.py), so `load_state_dict` reads what bitsandbytes wrote and the other way round; a
+float `weight` is read too, and quantized.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Linear4bit(nn.Module):
         dtype: of the bias, and what `dequantize` gives; torch's default dtype if None.
         device: "meta" allocates nothing: load a state dict with assign=True then.
 
-    A new layer is initialized as nn.Linear's and quantized. `from_linear` quantizes an existing one,
-    `from_tensors` takes quantized parts as they are.
+    A new layer is initialized as nn.Linear's and quantized. `from_linear` quantizes an existing
+    one, `from_tensors` takes quantized parts as they are.
     """
 
     weight: Tensor  # uint8 [ceil(N*K/2), 1], two codes a byte
@@ -82,7 +82,7 @@ class Linear4bit(nn.Module):
         scale_rounding: str = "nearest",
         name: str = "weight",
     ) -> Linear4bit:
-        """The quantized form of `linear`; its bias Parameter is kept as it is. `name` is for errors.
+        """The quantized form of `linear`, whose bias Parameter it keeps. `name` is for errors.
 
         A linear on the meta device gives a layer on the meta device.
         """
@@ -181,7 +181,7 @@ class Linear4bit(nn.Module):
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [out_features, in_features] as floats; the dtype it was quantized from by default."""
+        """The weight [out_features, in_features]; by default in the dtype it was quantized from."""
         return dequantize_4bit(self.weight, self.quant_state, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ class Linear4bit(nn.Module):
         for name in quantized:
             self._buffers[name] = None
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers.update(quantized)
         for name, tensor in quantized.items():

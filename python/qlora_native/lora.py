@@ -1,7 +1,7 @@
-"""`QLoRALinear`: a frozen 4-bit linear with a trainable low-rank adapter, one op forward and backward.
+"""`QLoRALinear`: a frozen 4-bit linear with a trainable low-rank adapter, in one op.
 
-    y = x W^T + bias + scaling * (drop(x) A^T) B^T        LoRA (Hu et al., 2021), QLoRA eq. 5
-    y = (m / ||W + scaling * B A||) * (x W^T + scaling * (x A^T) B^T) + bias        DoRA (Liu et al., 2024)
+    LoRA (Hu et al., 2021)    y = x W^T + bias + scaling * (drop(x) A^T) B^T
+    DoRA (Liu et al., 2024)   y = (m / ||W + D||) * x (W + D)^T + bias with D = scaling * B A
 
 W, in 4 bits, cannot hold W + scaling * B A exactly. `merged_weight` gives that sum as floats;
 `merge` puts its re-quantized form beside the base, which stays as it is, so that `unmerge` restores
@@ -184,7 +184,7 @@ class QLoRALinear(Linear4bit):
     def _forward_dora(self, x: Tensor, magnitude: Tensor) -> Tensor:
         gain = (magnitude / self._merged_row_norm().to(magnitude.dtype)).to(x.dtype)
         if self.training and self.dropout > 0.0:
-            # As PEFT has it: the base sees x whole, what the magnitude changes of it sees x dropped.
+            # As PEFT has it: the base sees x whole, what the magnitude changes of it dropped.
             dropped = F.dropout(x, self.dropout)
             base_of_dropped = linear_4bit(dropped, self.weight, self.quant_state)
             return super().forward(x) + gain * self._lora(dropped, None, 0.0) - base_of_dropped

@@ -1,8 +1,8 @@
 """What turns packed 4-bit codes back into values, and its form in a file.
 
-A `QuantState` holds the scales as plain tensors, so it moves between devices, pickles, deep-copies and
-goes through safetensors like any other tensors. `to_bnb_dict` / `from_bnb_dict` write and read the keys
-of bitsandbytes' serialized Linear4bit, byte for byte:
+A `QuantState` holds the scales as plain tensors, so it moves between devices, pickles, deep-copies
+and goes through safetensors like any other tensors. `to_bnb_dict` / `from_bnb_dict` write and read
+the keys of bitsandbytes' serialized Linear4bit, byte for byte:
 
     <prefix>absmax            fp32 [n_blocks], or uint8 codes where the scales are double-quantized
     <prefix>quant_map         fp32 [16], the value of each code
@@ -156,7 +156,7 @@ class QuantState:
     def to_bnb_dict(self, prefix: str = "weight.") -> dict[str, Tensor]:
         """The state under bitsandbytes' keys, in its order. The packed codes are not among them.
 
-        On the meta device the keys, shapes and dtypes are right, and the JSON's bytes are not there.
+        On the meta device the keys and dtypes are right; the JSON is of no use.
         """
         meta = self.absmax.is_meta
         settings: dict[str, object] = {
@@ -185,8 +185,8 @@ class QuantState:
     def from_bnb_dict(cls, tensors: Mapping[str, Tensor], prefix: str = "weight.") -> QuantState:
         """The state read from bitsandbytes' keys; other keys of `tensors` are ignored.
 
-        Raises KeyError naming what is missing, ValueError or TypeError naming the key that is wrong,
-        what came and what is wanted.
+        Raises KeyError naming what is missing, ValueError or TypeError naming the key that is
+        wrong, what came and what is wanted.
         """
         blob_keys = [key for key in tensors if key.startswith(prefix + _BLOB)]
         wanted = " or ".join(prefix + _BLOB + format for format in FORMATS)
@@ -275,8 +275,8 @@ class _Settings:
             nested_offset = float(require("nested_offset", is_number, "a number"))
             if not math.isfinite(nested_offset):
                 raise ValueError(
-                    f"{key}: nested_offset is {nested_offset}: the weight was quantized from values "
-                    "with Inf or NaN and every one of its scales is lost; quantize it again"
+                    f"{key}: nested_offset is {nested_offset}: the weight was quantized from "
+                    "values with Inf or NaN and all of its scales are lost; quantize it again"
                 )
         return cls(
             format=require("quant_type", got("quant_type") == format, f"{format!r}, as in the key"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from qlora_native import reference
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -101,7 +102,7 @@ def test_double_quantization_round_trip_is_bitsandbytes_bits():
     assert torch.equal(reference.dequantize_scales(codes, nested_absmax, offset), decoded)
 
 
-# (seed, row, column, bits): dropout_bits(dropout_row_key(seed, row), column) of the compiled header.
+# (seed, row, column, bits): dropout_bits(dropout_row_key(seed, row), column) of the header.
 DROPOUT_BITS = [
     (0, 0, 0, 0xDD028AB4),
     (0, 7, 1, 0xADF25743),
