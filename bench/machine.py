@@ -1,0 +1,72 @@
+"""What a figure depends on besides the code: processor, versions, load."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qlora_native
+from bench.peers import versions
+
+
+def _first(path: str, key: str, default: str) -> str:
+    try:
+        for line in Path(path).read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    except OSError:
+        pass
+    return default
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        run = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def load() -> list[float]:
+    """Processes that wanted to run, over the last 1, 5 and 15 minutes."""
+    return [round(value, 2) for value in os.getloadavg()]
+
+
+def huge_pages() -> str:
+    """The kernel's setting, and torch's: both are the same for all contenders."""
+    try:
+        kernel = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        setting = kernel.partition("[")[2].partition("]")[0]
+    except OSError:
+        setting = "unknown"
+    return f"{setting} (THP_MEM_ALLOC_ENABLE={os.environ.get('THP_MEM_ALLOC_ENABLE', '0')})"
+
+
+def describe() -> dict[str, Any]:
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "processor": _first("/proc/cpuinfo", "model name", platform.processor()),
+        "family_model": "/".join(
+            _first("/proc/cpuinfo", key, "?") for key in ("cpu family", "model")
+        ),
+        "cores": os.cpu_count(),
+        "memory": _first("/proc/meminfo", "MemTotal", "unknown"),
+        "isas": qlora_native.available_isas(),
+        "threads": torch.get_num_threads(),
+        "huge_pages": huge_pages(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "qlora_native": qlora_native.__version__,
+        **versions(),
+    }

@@ -1,0 +1,71 @@
+"""Rows as Markdown and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.harness import OURS, Row
+
+SLOWER = "🔴"  # beside every ratio that a peer wins
+
+
+def _seconds(value: float) -> str:
+    if value < 1e-3:
+        return f"{value * 1e6:.1f} µs"
+    return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _rate(row: Row) -> str:
+    case, seconds = row.case, row.best()
+    if case.flops:
+        return f"{case.flops / seconds / 1e9:.0f} GFLOP/s"
+    return f"{(case.read + case.write) / seconds / 1e9:.1f} GB/s"
+
+
+def ratio(value: float) -> str:
+    """A speed-up; what is slower than the peer beyond the noise is marked."""
+    return f"{value:.2f}×{' ' + SLOWER if value < 0.98 else ''}"
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """One line a row: our time, rate and share of the limit, and the speed-up over each peer."""
+    peers = list(dict.fromkeys(peer for row in rows for peer in row.peers))
+    head = ["case", "ISA", "median", "best", "rate", "of limit", *(f"vs {p}" for p in peers)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * 2 + "|---:" * (len(head) - 2) + "|"]
+    for row in rows:
+        cells = [
+            row.case.name,
+            row.isa,
+            _seconds(row.median()),
+            _seconds(row.best()),
+            _rate(row),
+            f"{row.of_limit():.0%}",
+            *(ratio(row.speedup(p)) if p in row.samples else "" for p in peers),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [
+        {
+            "case": row.case.name,
+            "isa": row.isa,
+            "read_bytes": row.case.read,
+            "write_bytes": row.case.write,
+            "flops": row.case.flops,
+            "limit_seconds": row.limit,
+            "of_limit": row.of_limit(),
+            "contenders": {
+                name: {
+                    "median_seconds": row.median(name),
+                    "best_seconds": row.best(name),
+                    "rounds": len(samples),
+                    **({} if name == OURS else {"speedup_of_ours": row.speedup(name)}),
+                }
+                for name, samples in row.samples.items()
+            },
+        }
+        for row in rows
+    ]
