@@ -1,0 +1,182 @@
+"""The house rules about who may know whom, read from the sources.
+
+cli, train -> model, nn, optim -> functional -> autograd -> ops -> [dispatcher]
+-> cpp/torch -> contract <- cpu
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CPP = ROOT / "cpp"
+PACKAGE = ROOT / "python" / "qlora_native"
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+INTRINSIC = re.compile(r"\b_mm(?:\d+)?_\w+\s*\(|\b__m(?:128|256|512)\w*\b|\b__mmask\d+\b")
+
+
+def sources(folder: Path, *suffixes: str) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix in suffixes)
+
+
+def includes(path: Path) -> set[str]:
+    return set(INCLUDE.findall(path.read_text()))
+
+
+def relative(paths: list[Path]) -> list[str]:
+    return [str(p.relative_to(ROOT)) for p in paths]
+
+
+CPP_SOURCES = sources(CPP, ".h", ".cpp")
+
+
+def test_sources_are_found() -> None:
+    assert len(CPP_SOURCES) > 20
+
+
+def test_torch_stands_only_in_cpp_torch() -> None:
+    assert not relative(
+        [
+            path
+            for path in CPP_SOURCES
+            if any(i.startswith(("torch/", "ATen/", "c10/")) for i in includes(path))
+            and path.parent != CPP / "torch"
+        ]
+    )
+
+
+def test_torch_headers_are_the_stable_ones() -> None:
+    stable = ("torch/csrc/stable/", "torch/headeronly/")
+    found = {i for path in CPP_SOURCES for i in includes(path) if i.startswith("torch/")}
+    assert all(i.startswith(stable) for i in found), found
+    assert {p.name for p in CPP_SOURCES if any("torch/csrc" in i for i in includes(p))} == {
+        "stable.h"
+    }
+
+
+def test_python_stands_only_in_cpp_python() -> None:
+    assert not relative(
+        [
+            path
+            for path in CPP_SOURCES
+            if any(i.startswith(("pybind11/", "Python.h")) for i in includes(path))
+            and path.parent != CPP / "python"
+        ]
+    )
+
+
+def test_the_contract_knows_neither_backend_nor_torch() -> None:
+    for path in sources(CPP / "include", ".h"):
+        for include in includes(path):
+            assert include.startswith("qlora_native/") or "/" not in include, (path, include)
+
+
+def test_the_cpu_backend_knows_only_the_contract() -> None:
+    for path in sources(CPP / "cpu", ".h", ".cpp"):
+        for include in includes(path):
+            assert include.startswith("qlora_native/") or "/" not in include, (path, include)
+
+
+def test_the_op_files_know_no_device() -> None:
+    for path in (CPP / "torch").glob("ops_*.cpp"):
+        text = path.read_text()
+        assert not re.search(r"is_cpu|is_cuda|cpu::|cuda::|isa\.h", text), path.name
+
+
+def test_intrinsics_stand_only_in_the_simd_vocabularies() -> None:
+    offenders = []
+    for path in CPP_SOURCES:
+        if path.name.startswith("simd_") and path.parent == CPP / "cpu":
+            continue
+        code = re.sub(r"//.*", "", path.read_text())
+        if INTRINSIC.search(code) or "immintrin.h" in code:
+            offenders.append(path)
+    assert not relative(offenders)
+
+
+# What the isa_*.cpp files include is compiled with -m flags: a std:: container or algorithm there
+# could leave a copy of itself that the linker picks for everybody.
+FORBIDDEN_STD = {
+    "algorithm", "any", "array", "deque", "functional", "iostream", "list", "map", "memory",
+    "mutex", "numeric", "optional", "queue", "ranges", "set", "span", "sstream", "string",
+    "string_view", "thread", "tuple", "unordered_map", "utility", "variant", "vector",
+}  # fmt: skip
+
+
+def reachable(path: Path) -> set[Path]:
+    found: set[Path] = set()
+    todo = [path]
+    while todo:
+        current = todo.pop()
+        for include in includes(current):
+            for folder in (current.parent, CPP / "include"):
+                target = folder / include
+                if target.is_file() and target not in found:
+                    found.add(target)
+                    todo.append(target)
+    return found
+
+
+@pytest.mark.parametrize("unit", sorted((CPP / "cpu").glob("isa_*.cpp")), ids=lambda p: p.stem)
+def test_isa_files_include_no_std_container(unit: Path) -> None:
+    for path in reachable(unit):
+        # format.h compares names by string_view, in a constexpr that no kernel calls.
+        allowed = {"string_view"} if path.name == "format.h" else set()
+        assert not includes(path) & FORBIDDEN_STD - allowed, path.name
+
+
+# Lower may not import higher. Modules of one level may import each other.
+LEVELS = [
+    {"_load", "_errors", "_core", "reference"},
+    {"ops", "_fake"},
+    {"autograd"},
+    {"quant_state", "functional"},
+    {"nn", "optim", "loss", "records", "data", "collate"},
+    {"model", "adapter"},
+    {"loading", "merging", "train", "checkpoint", "metrics"},
+    {"cli", "demo", "_demo"},
+]
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def imports(nodes: Iterable[ast.AST]) -> set[str]:
+    """The dotted names of the modules that these statements import."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_python_modules_import_downwards() -> None:
+    for path in sources(PACKAGE, ".py"):
+        module = module_of(path)
+        if module == "__init__":
+            continue
+        assert module in LEVEL_OF, f"{module} has no level: add it to LEVELS"
+        for name in imports(ast.walk(ast.parse(path.read_text()))):
+            package, _, rest = name.partition(".")
+            imported = rest.partition(".")[0]
+            if package == "qlora_native" and imported in LEVEL_OF:
+                assert LEVEL_OF[imported] <= LEVEL_OF[module], f"{module} imports {imported}"
+
+
+def test_optional_packages_are_imported_late() -> None:
+    optional = {"transformers", "peft", "bitsandbytes", "gguf", "matplotlib", "yaml"}
+    for path in sources(PACKAGE, ".py"):
+        if module_of(path) in {"cli", "demo", "_demo"}:
+            continue
+        at_import = imports(ast.parse(path.read_text()).body)
+        assert not optional & {name.partition(".")[0] for name in at_import}, path.name
