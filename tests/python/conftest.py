@@ -2,6 +2,7 @@
 
 isa           runs the test on each instruction set that this processor has
 threads       runs the test with 1 and with 2 threads
+one_thread    runs the test with 1 thread: tiny models spend their time in waking others
 sentinels     hands out tensors with guarded margins, which are checked when the test ends
 """
 
@@ -40,6 +41,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(before)
 
 

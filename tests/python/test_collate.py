@@ -16,6 +16,8 @@ from qlora_native.data import IGNORE
 from qlora_native.loss import OutputHead
 from tiny import add_torch_lora, examples, make_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def plan(count: int = 30, **changes: Any) -> BatchPlan:
     settings: dict[str, Any] = {
@@ -96,7 +98,8 @@ def test_packed_equals_separate(attention: str, changes: dict[str, bool]) -> Non
         apart.append(one.detach())
     torch.testing.assert_close(losses.detach(), torch.cat(apart), rtol=1e-5, atol=1e-6)
     for name, gradient in gradients(model).items():
-        torch.testing.assert_close(together[name], gradient, rtol=1e-7, atol=1e-9, msg=name)
+        # transformers' norms and eager softmax compute in fp32, whatever the model's dtype.
+        assert (together[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
 def test_padded_equals_separate() -> None:

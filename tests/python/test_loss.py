@@ -15,6 +15,8 @@ from qlora_native.data import IGNORE
 from qlora_native.loss import OutputHead, chunked_cross_entropy
 from tiny import add_torch_lora, examples, make_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def batch(count: int = 6) -> Batch:
     return collate([[e] for e in examples(count)], pad_id=0, packed=False)

@@ -68,6 +68,7 @@ def make_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
+        "initializer_range": 0.1,  # under a frozen head, smaller logits could not be sure of much
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
