@@ -136,20 +136,26 @@ def quantize_8bit(
 ) -> tuple[Tensor, Tensor]:
     """x, any shape -> codes uint8 [n] and absmax fp32 [ceil(n/blocksize)] (8-bit optimizers, 2.2).
 
-    rounding: "nearest" by the fp32 midpoints, a tie to the even code, or "bitsandbytes_cpu".
+    rounding: "nearest" by the fp32 midpoints, a tie to the even code: x * (1 / max(absmax, 1e-38)),
+    and a NaN makes its block's absmax NaN. "bitsandbytes_cpu": x * (1 / absmax), of the values that
+    are not NaN. Either way NaN gets code 0.
     """
     values = dynamic_map(signed)
     flat = x.detach().reshape(-1).to(torch.float32)
     n_blocks = -(-flat.numel() // blocksize)
     blocks = torch.nn.functional.pad(flat, (0, n_blocks * blocksize - flat.numel()))
     blocks = blocks.reshape(n_blocks, blocksize)
-    absmax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=1)
-    normed = (blocks * (1.0 / absmax).unsqueeze(1)).reshape(-1)[: flat.numel()].clamp(-1.0, 1.0)
     if rounding == "bitsandbytes_cpu":
-        return _by_table(normed, values).to(torch.uint8), absmax
-    if rounding != "nearest":
+        absmax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=1)
+        inverse, encode = 1.0 / absmax, _by_table
+    elif rounding == "nearest":
+        absmax = blocks.abs().amax(dim=1)
+        inverse, encode = 1.0 / absmax.clamp(min=1e-38), _nearest_ties_to_even
+    else:
         raise ValueError(f"rounding must be 'nearest' or 'bitsandbytes_cpu', got {rounding!r}")
-    return _nearest_ties_to_even(normed.nan_to_num(nan=0.0), values).to(torch.uint8), absmax
+    normed = (blocks * inverse.unsqueeze(1)).reshape(-1)[: flat.numel()]
+    normed = normed.nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0).clamp(-1.0, 1.0)
+    return encode(normed, values).to(torch.uint8), absmax
 
 
 def dequantize_8bit(
