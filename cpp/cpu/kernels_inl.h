@@ -8,6 +8,7 @@
 #include "adamw_inl.h"
 #include "dequantize_inl.h"
 #include "linear_inl.h"
+#include "qlora_inl.h"
 #include "qlora_native/backend.h"
 #include "quantize_inl.h"
 

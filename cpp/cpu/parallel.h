@@ -24,4 +24,12 @@ void parallel_for(const Context& context, std::int64_t n, std::int64_t grain, co
   context.parallel_for(n, grain, run, const_cast<Body*>(&body));
 }
 
+// body(part) for each part of [0, n_parts), as many at a time as there are threads.
+template <class Body>
+void parallel_parts(const Context& context, std::int64_t n_parts, const Body& body) {
+  parallel_for(context, n_parts, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t part = begin; part < end; ++part) body(part);
+  });
+}
+
 }  // namespace qlora::cpu

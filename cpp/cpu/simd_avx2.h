@@ -209,6 +209,46 @@ struct Avx2 {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
   }
+
+  // ---- the matrix products' words ----
+  static constexpr bool kHasBf16Pairs = false;
+
+  static I load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store_int(void* p, I v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static I load_int_n(const void* p, std::int64_t n) {
+    return _mm256_maskload_epi32(static_cast<const int*>(p), first_n(n));
+  }
+  // Pairs of lanes, pairs of pairs, then the two halves: three rounds of eight shuffles.
+  static void transpose(I (&row)[kWidth]) {
+    I pair[8], quad[8];
+    for (int i = 0; i < 8; i += 2) {
+      pair[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
+      pair[i + 1] = _mm256_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      quad[i] = _mm256_unpacklo_epi64(pair[i], pair[i + 2]);
+      quad[i + 1] = _mm256_unpackhi_epi64(pair[i], pair[i + 2]);
+      quad[i + 2] = _mm256_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+      quad[i + 3] = _mm256_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      row[i] = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x20);
+      row[i + 4] = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x31);
+    }
+  }
+  static F pick(const float* p, I index) { return _mm256_permutevar8x32_ps(load(p), index); }
+
+  // ---- dropout's words ----
+  static I lane_index() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+  static I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
+  static I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  template <int kBits>
+  static I shift_right_zeros(I a) {
+    return _mm256_srli_epi32(a, kBits);
+  }
+  static F keep_if_greater(F v, I a, I b) {
+    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)));
+  }
 };
 
 }  // namespace qlora::cpu

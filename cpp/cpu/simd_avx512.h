@@ -171,11 +171,73 @@ struct Avx512 {
   }
 
   static __mmask16 first_n(std::int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+  // ---- the matrix products' words ----
+  static constexpr bool kHasBf16Pairs = false;
+
+  static I load_int(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_int(void* p, I v) { _mm512_storeu_si512(p, v); }
+  static I load_int_n(const void* p, std::int64_t n) {
+    return _mm512_maskz_loadu_epi32(first_n(n), p);
+  }
+  // Pairs of lanes, pairs of pairs, then 128-bit quarters twice: four rounds of sixteen shuffles.
+  static void transpose(I (&row)[kWidth]) {
+    I pair[16], quad[16];
+    for (int i = 0; i < 16; i += 2) {
+      pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+      pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      quad[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
+      quad[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
+      quad[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+      quad[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const I even_low = _mm512_shuffle_i32x4(quad[i], quad[i + 4], 0x88);
+      const I odd_low = _mm512_shuffle_i32x4(quad[i], quad[i + 4], 0xDD);
+      const I even_high = _mm512_shuffle_i32x4(quad[i + 8], quad[i + 12], 0x88);
+      const I odd_high = _mm512_shuffle_i32x4(quad[i + 8], quad[i + 12], 0xDD);
+      row[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+      row[i + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+      row[i + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xDD);
+      row[i + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xDD);
+    }
+  }
+  static F pick(const float* p, I index) { return _mm512_permutexvar_ps(index, load(p)); }
+
+  // ---- dropout's words ----
+  static I lane_index() {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+  static I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
+  static I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  template <int kBits>
+  static I shift_right_zeros(I a) {
+    return _mm512_srli_epi32(a, kBits);
+  }
+  static F keep_if_greater(F v, I a, I b) {
+    return _mm512_maskz_mov_ps(_mm512_cmpgt_epi32_mask(a, b), v);
+  }
 };
 
 #if defined(__AVX512BF16__)
 struct Avx512Bf16 : Avx512 {
   static constexpr const char* kName = "avx512bf16";
+  static constexpr bool kHasBf16Pairs = true;
+
+  // A lane holds two bf16: lane i of `first` (rounded to nearest even, subnormals to zero) in its
+  // lower half, lane i of `second` in its upper half.
+  static I pack_pairs(F first, F second) {
+    const I halves = reinterpret_cast<I>(_mm512_cvtne2ps_pbh(second, first));
+    const I interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(interleave, halves);
+  }
+  // sum + a.first * b.first + a.second * b.second, in fp32.
+  static F dot_pairs(F sum, I a, I b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
 };
 #endif
 

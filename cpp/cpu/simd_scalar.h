@@ -121,7 +121,10 @@ struct Scalar {
     return map_int([=](int i) { return std::bit_cast<std::int32_t>(v.lane[i]); });
   }
   static I add(I a, I b) {
-    return map_int([=](int i) { return a.lane[i] + b.lane[i]; });
+    return map_int([=](int i) {
+      return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.lane[i]) +
+                                       static_cast<std::uint32_t>(b.lane[i]));
+    });
   }
   static I sub(I a, I b) {
     return map_int([=](int i) { return a.lane[i] - b.lane[i]; });
@@ -223,6 +226,59 @@ struct Scalar {
   }
   static I lookup_bytes(const Bytes& b, I index) {
     return map_int([&](int i) { return static_cast<std::int32_t>(b.entry[index.lane[i]]); });
+
+  // ---- the matrix products' words ----
+  static constexpr bool kHasBf16Pairs = false;  // has pack_pairs and dot_pairs
+
+  static I load_int(const void* p) {
+    I result;
+    std::memcpy(&result, p, sizeof result);
+    return result;
+  }
+  static void store_int(void* p, I v) { std::memcpy(p, &v, sizeof v); }
+  // The first n lanes; the others are 0 and their bytes are not read.
+  static I load_int_n(const void* p, std::int64_t n) {
+    I result = set1_int(0);
+    std::memcpy(&result, p, static_cast<std::size_t>(n) * sizeof(std::int32_t));
+    return result;
+  }
+  // row[i].lane[j] <-> row[j].lane[i]
+  static void transpose(I (&row)[kWidth]) {
+    for (int i = 0; i < kWidth; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const std::int32_t swapped = row[i].lane[j];
+        row[i].lane[j] = row[j].lane[i];
+        row[j].lane[i] = swapped;
+      }
+    }
+  }
+  // Lane i is p[index.lane[i]], 0 <= index < kWidth; all kWidth floats are read.
+  static F pick(const float* p, I index) {
+    return map([=](int i) { return p[index.lane[i]]; });
+  }
+
+  // ---- dropout's words: lanes are uint32 ----
+  static I lane_index() {
+    return map_int([](int i) { return i; });
+  }
+  static I bit_xor(I a, I b) {
+    return map_int([=](int i) { return a.lane[i] ^ b.lane[i]; });
+  }
+  static I mul(I a, I b) {
+    return map_int([=](int i) {
+      return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.lane[i]) *
+                                       static_cast<std::uint32_t>(b.lane[i]));
+    });
+  }
+  template <int kBits>
+  static I shift_right_zeros(I a) {
+    return map_int([=](int i) {
+      return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.lane[i]) >> kBits);
+    });
+  }
+  // v where a > b as signed integers, else 0.
+  static F keep_if_greater(F v, I a, I b) {
+    return map([=](int i) { return a.lane[i] > b.lane[i] ? v.lane[i] : 0.0f; });
   }
 
  private:
