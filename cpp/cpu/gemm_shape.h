@@ -14,6 +14,7 @@ namespace qlora::cpu {
 struct GemmBlocking {
   static constexpr int kVecs = 2;
   static constexpr std::int64_t kSteps = 384;
+  static constexpr std::int64_t kRunSteps = 128;  // that one sum in registers takes
   static constexpr std::int64_t kOperandStride = kSteps + 16;  // a power of two would alias in L1
   static constexpr std::int64_t kRowChunk = 512;
 };
