@@ -39,8 +39,8 @@ struct DropoutRow {
     below = V::set1_int(static_cast<std::int32_t>(dropout.threshold - 1));
   }
 
-  // v holds the elements from `column` on. "Kept" reads bits > threshold - 1, so that a threshold of
-  // 2^31 (p = 1) keeps nothing in a signed comparison.
+  // v holds the elements from `column` on. "Kept" reads bits > threshold - 1, so that a threshold
+  // of 2^31 (p = 1) keeps nothing in a signed comparison.
   F apply(F v, std::int64_t column) const {
     I x = V::add(V::set1_int(static_cast<std::int32_t>(column)), V::lane_index());
     x = V::add(x, add);

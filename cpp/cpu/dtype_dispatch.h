@@ -9,9 +9,12 @@ namespace qlora::cpu {
 template <class Body>
 void dispatch_dtype(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::float32: return body.template operator()<float>();
-    case DType::float16: return body.template operator()<Float16>();
-    case DType::bfloat16: return body.template operator()<BFloat16>();
+    case DType::float32:
+      return body.template operator()<float>();
+    case DType::float16:
+      return body.template operator()<Float16>();
+    case DType::bfloat16:
+      return body.template operator()<BFloat16>();
   }
 }
 

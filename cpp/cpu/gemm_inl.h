@@ -2,8 +2,8 @@
 //
 //   out[M, N] = bias + sum over segments of A_s[M, D_s] * P_s[D_s, N]
 //
-// A segment has its own operand, its own source and its own depth, so that a LoRA product is a few more
-// depth steps into the same tile of C, and a 4-bit weight is one more way to fill a panel.
+// A segment has its own operand, its own source and its own depth, so that a LoRA product is a few
+// more depth steps into the same tile of C, and a 4-bit weight is one more way to fill a panel.
 //
 //   for each part of C (one thread each):                   rows and columns, by the thread count
 //     for kRowChunk rows, for kCols columns:                C block, fp32, in cache
@@ -31,7 +31,8 @@ struct Segment {
   Source source;
   std::int64_t depth;
   Product product = Product::fp32;
-  Dropout mask_after = {};  // zeroes what C holds once this segment is in; the gain is the operand's
+  Dropout mask_after =
+      {};  // zeroes what C holds once this segment is in; the gain is the operand's
 };
 
 struct GemmOutput {
@@ -48,7 +49,8 @@ struct Range {
   // Part `i` of `n`, in whole multiples of `unit` save the last.
   [[gnu::always_inline]] Range part(std::int64_t i, std::int64_t n, std::int64_t unit) const {
     const std::int64_t units = (end - begin + unit - 1) / unit;
-    const std::int64_t first = begin + units * i / n * unit, last = begin + units * (i + 1) / n * unit;
+    const std::int64_t first = begin + units * i / n * unit,
+                       last = begin + units * (i + 1) / n * unit;
     return {first, last < end ? last : end};
   }
 };
@@ -103,7 +105,8 @@ class GemmRun {
     constexpr std::int64_t kDepth = Gemm<V>::kSteps * (kProduct == Product::bf16_pairs ? 2 : 1);
     for (std::int64_t d = 0; d < segment.depth; d += kDepth) {
       const std::int64_t depth = segment.depth - d < kDepth ? segment.depth - d : kDepth;
-      pack_panels<V, kProduct>(segment.source, {d, depth, cols.begin, cols.end - cols.begin}, panels_);
+      pack_panels<V, kProduct>(segment.source, {d, depth, cols.begin, cols.end - cols.begin},
+                               panels_);
       multiply<kProduct>(segment.operand, d, depth, rows, cols.end - cols.begin, started || d > 0);
     }
     return segment.depth > 0;
@@ -188,7 +191,8 @@ struct GemmGrid {
 
 template <class V>
 GemmGrid gemm_grid(std::int64_t m, std::int64_t n, std::int64_t depth, int threads) {
-  constexpr std::int64_t kLeastWork = std::int64_t{1} << 18;  // products; below it a thread costs more
+  constexpr std::int64_t kLeastWork = std::int64_t{1}
+                                      << 18;  // products; below it a thread costs more
   if (threads <= 1 || m * n * depth < kLeastWork) return {};
   const std::int64_t row_tiles = ceil_div(m, Gemm<V>::kRows);
   const std::int64_t panels = ceil_div(n, Gemm<V>::kPanelCols);

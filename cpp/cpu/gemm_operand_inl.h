@@ -1,9 +1,10 @@
-// The left-hand side of the packed product: rows of A copied, widened and masked into a small block.
+// The left-hand side of the packed product: rows of A copied, widened and masked into a small
+// block.
 //
-// The block is row-major with the fixed stride that gemm_tile reads. A copy and no transposition: the
-// tile broadcasts, so a row may stay a row. fp32 rows are copied too, for rows a power of two apart
-// would all fall on the same few cache sets; a block (at most 14 rows of 384) is copied once for each
-// kCols columns of C, about 1 % of the multiplications' time.
+// The block is row-major with the fixed stride that gemm_tile reads. A copy and no transposition:
+// the tile broadcasts, so a row may stay a row. fp32 rows are copied too, for rows a power of two
+// apart would all fall on the same few cache sets; a block (at most 14 rows of 384) is copied once
+// for each kCols columns of C, about 1 % of the multiplications' time.
 #pragma once
 
 #include <cstdint>

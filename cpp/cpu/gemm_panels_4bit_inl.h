@@ -5,12 +5,12 @@
 //
 // Forward (P = W^T): the panel's lanes are rows of W. Codes and not floats are transposed: a 32-bit
 // word is 8 codes of one row, so kWidth words from each of kWidth rows take log2(kWidth) shuffles a
-// word, that is kWidth * 8 vectors of values for 4 * kWidth shuffles (AVX-512). Word j of all rows then
-// gives 8 depths by a shift, a look-up and a multiplication with the vector of the rows' scales each.
-// Transposing the floats instead took twice the shuffles that the look-ups take.
+// word, that is kWidth * 8 vectors of values for 4 * kWidth shuffles (AVX-512). Word j of all rows
+// then gives 8 depths by a shift, a look-up and a multiplication with the vector of the rows'
+// scales each. Transposing the floats instead took twice the shuffles that the look-ups take.
 //
-// Input gradient (P = W): the panel's lanes are neighbours in a row of W: the table is scaled once for
-// a run of the block, and each vector is an unpacking, a look-up and a store.
+// Input gradient (P = W): the panel's lanes are neighbours in a row of W: the table is scaled once
+// for a run of the block, and each vector is an unpacking, a look-up and a store.
 #pragma once
 
 #include <cstdint>
@@ -63,7 +63,8 @@ void store_word_columns(typename V::I words, const typename V::Table& table, typ
   byte.template operator()<3>();
 }
 
-// kWidth columns of P^T = rows of W from `row` on, depths depth_begin.. of them, into a panel's lanes.
+// kWidth columns of P^T = rows of W from `row` on, depths depth_begin.. of them, into a panel's
+// lanes.
 template <class V, Product kProduct>
 void pack_weight_lanes(const Weight4bit& weight, std::int64_t row, std::int64_t depth_begin,
                        std::int64_t depth, float* to) {
@@ -79,8 +80,7 @@ void pack_weight_lanes(const Weight4bit& weight, std::int64_t row, std::int64_t 
     const std::int64_t first = safe_row * weight.cols + depth_begin;
     codes[i] = weight.packed + first / 2;
     for (std::int64_t d = 0; d < depth; d += run) {
-      scales[d / run * kWidth + i] =
-          block_scale<V>(weight.scales, (first + d) / weight.blocksize);
+      scales[d / run * kWidth + i] = block_scale<V>(weight.scales, (first + d) / weight.blocksize);
     }
   }
   const auto table = V::table(weight.format.values);
@@ -132,9 +132,9 @@ void pack_weight_rows(const Weight4bit& weight, std::int64_t depth_begin, std::i
       const std::int64_t run_end = ((col_begin + c) / run + 1) * run - col_begin;
       const std::int64_t stop = run_end < cols ? run_end : cols;
       const auto table = block_table<V>(weight, (first + c) / weight.blocksize);
-      const auto table_2 =
-          !has_second ? V::scaled(values, 0.0f)
-                      : kPairs ? block_table<V>(weight, (second + c) / weight.blocksize) : table;
+      const auto table_2 = !has_second ? V::scaled(values, 0.0f)
+                           : kPairs    ? block_table<V>(weight, (second + c) / weight.blocksize)
+                                       : table;
       for (; c < stop; c += V::kWidth) {
         float* to = step + c / kCols * Gemm<V>::kPanelSize + c % kCols;
         const auto value = V::lookup(table, V::unpack_codes(weight.packed + (first + c) / 2));

@@ -1,11 +1,11 @@
 // The right-hand side of the packed product, from wherever it lies into panels.
 //
-// A panel is kPanelCols columns of P, depth after depth: [steps][kPanelCols] fp32, or bf16 pairs of two
-// neighbouring depths. Packing a 4-bit weight IS its dequantization: the weight exists in fp32 or bf16
-// for one block of the product at a time, in cache, and nowhere else.
+// A panel is kPanelCols columns of P, depth after depth: [steps][kPanelCols] fp32, or bf16 pairs of
+// two neighbouring depths. Packing a 4-bit weight IS its dequantization: the weight exists in fp32
+// or bf16 for one block of the product at a time, in cache, and nowhere else.
 //
-// Here: the choice of the source, dense sources, and 4-bit weights whose rows start anywhere (an odd
-// width, say). gemm_panels_4bit_inl.h has 4-bit weights whose rows are whole vectors of codes.
+// Here: the choice of the source, dense sources, and 4-bit weights whose rows start anywhere (an
+// odd width, say). gemm_panels_4bit_inl.h has 4-bit weights whose rows are whole vectors of codes.
 #pragma once
 
 #include <cstdint>

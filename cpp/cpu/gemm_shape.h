@@ -1,9 +1,10 @@
 // Tile and block sizes of the packed matrix product, as data.
 //
 // kRows x (kVecs vectors) accumulators stay in registers; a panel of the right-hand side is kVecs
-// vectors wide. A block of kSteps depth steps (a step is one fp32, or a pair of bf16) by kCols columns
-// of the right-hand side is packed at a time and should stay in the second-level cache; kRowChunk rows
-// of C go with it. kSteps is a multiple of 8 * kWidth, the codes that one transposition takes.
+// vectors wide. A block of kSteps depth steps (a step is one fp32, or a pair of bf16) by kCols
+// columns of the right-hand side is packed at a time and should stay in the second-level cache;
+// kRowChunk rows of C go with it. kSteps is a multiple of 8 * kWidth, the codes that one
+// transposition takes.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +16,8 @@ struct GemmBlocking {
   static constexpr int kVecs = 2;
   static constexpr std::int64_t kSteps = 384;
   static constexpr std::int64_t kRunSteps = 128;  // that one sum in registers takes
+  static constexpr std::int64_t kSlimRunSteps =
+      16;  // the same where C is one vector wide: u = x A^T
   static constexpr std::int64_t kOperandStride = kSteps + 16;  // a power of two would alias in L1
   static constexpr std::int64_t kRowChunk = 512;
 };

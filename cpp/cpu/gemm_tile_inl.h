@@ -1,14 +1,15 @@
-// The innermost product: a kRows x (kVecs vectors) tile of C in registers over a run of depth steps.
+// The innermost product: a kRows x (kVecs vectors) tile of C in registers over a run of depth
+// steps.
 //
 //   C[i][j] += sum over s of A[i][s] * panel[s][j]
 //
 // A is row-major with a fixed stride, so that all its rows are one base register and constants, and
 // one element of it is broadcast straight from memory into the multiplication; the panel is read as
-// contiguous vectors. What limits it is the multiply-add units: per step kRows * kVecs of them against
-// kRows broadcasts and kVecs loads. Every kRunSteps the registers are added to C and start at zero again:
-// one long sum loses bits that sums of sums keep (at K = 256 its error was 2.3 times that of MKL's
-// product). Each element's order of additions depends on nothing but the depth, so tiles, threads and
-// edges do not change bits.
+// contiguous vectors. What limits it is the multiply-add units: per step kRows * kVecs of them
+// against kRows broadcasts and kVecs loads. Every kRunSteps the registers are added to C and start
+// at zero again: one long sum loses bits that sums of sums keep (at K = 256 its error was 2.3 times
+// that of MKL's product). Each element's order of additions depends on nothing but the depth, so
+// tiles, threads and edges do not change bits.
 #pragma once
 
 #include <bit>
@@ -61,9 +62,9 @@ template <class V, Product kProduct, int kRows, int kVecs>
 }
 
 template <class V, Product kProduct, int kRows, int kVecs>
-void gemm_tile(std::int64_t steps, const float* a, const float* panel, float* c, std::int64_t c_stride,
-               bool accumulate) {
-  constexpr std::int64_t kRun = Gemm<V>::kRunSteps;
+void gemm_tile(std::int64_t steps, const float* a, const float* panel, float* c,
+               std::int64_t c_stride, bool accumulate) {
+  constexpr std::int64_t kRun = kVecs == 1 ? Gemm<V>::kSlimRunSteps : Gemm<V>::kRunSteps;
   for (std::int64_t s = 0; s < steps; s += kRun) {
     typename V::F sum[kRows][kVecs];
     sum_run<V, kProduct>(steps - s < kRun ? steps - s : kRun, a + s,
@@ -82,8 +83,8 @@ void gemm_tile(std::int64_t steps, const float* a, const float* panel, float* c,
 
 // From the number of rows at run time to the tile of that height, 1..Gemm<V>::kRows.
 template <class V, Product kProduct, int kVecs, int kRows = Gemm<V>::kRows>
-void gemm_tile_rows(std::int64_t rows, std::int64_t steps, const float* a, const float* panel, float* c,
-                    std::int64_t c_stride, bool accumulate) {
+void gemm_tile_rows(std::int64_t rows, std::int64_t steps, const float* a, const float* panel,
+                    float* c, std::int64_t c_stride, bool accumulate) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
       return gemm_tile_rows<V, kProduct, kVecs, kRows - 1>(rows, steps, a, panel, c, c_stride,

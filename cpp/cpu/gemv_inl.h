@@ -3,11 +3,11 @@
 //   out[m][n] = bias[n] + sum over k of W[n][k] x[m][k] + scale * sum over r of B[n][r] u[m][r]
 //
 // Vectorized along k. A vector of 32-bit words is 8 * kWidth codes of one row; shifting it by 4 * j
-// bits brings code j of every word to the bottom, where a look-up turns it into values. So lane i of
-// step j meets x[8 i + j], and x is put into that order once per call: no code is ever moved across
-// lanes. The eight products of a word are summed before they meet the scale, which is one for at least
-// two words. Per vector of weights that is a shift, a look-up and one multiply-add for each row of x;
-// with one row the shuffle unit limits it, with four the multiply-add units.
+// bits brings code j of every word to the bottom, where a look-up turns it into values. So lane i
+// of step j meets x[8 i + j], and x is put into that order once per call: no code is ever moved
+// across lanes. The eight products of a word are summed before they meet the scale, which is one
+// for at least two words. Per vector of weights that is a shift, a look-up and one multiply-add for
+// each row of x; with one row the shuffle unit limits it, with four the multiply-add units.
 //
 // Weights whose rows are not whole vectors of codes go through a decoded row.
 #pragma once
@@ -178,7 +178,8 @@ class GemvRun {
         for (std::int64_t r = begin; r < end; ++r) {
           typename V::F sum[kM];
           for (auto& s : sum) s = V::zero();
-          dot_dense<V, kM>(static_cast<const T*>(lora.a) + r * k, k, x_dropped_, layout_.k_padded, sum);
+          dot_dense<V, kM>(static_cast<const T*>(lora.a) + r * k, k, x_dropped_, layout_.k_padded,
+                           sum);
           for (int m = 0; m < kM; ++m) {
             const float u = V::reduce_add(sum[m]);
             branch_.u[m * lora.r + r] = u;
@@ -219,8 +220,8 @@ class GemvRun {
   const GemvLayout<V> layout_;
   const bool whole_;
   float* x_;
-  float* x_dropped_;   // [M][k_padded], the LoRA branch's
-  float* u_scaled_;    // [M][r_padded]
+  float* x_dropped_;  // [M][k_padded], the LoRA branch's
+  float* u_scaled_;   // [M][r_padded]
   float* per_thread_;
 };
 
@@ -228,14 +229,23 @@ template <class V>
 Status gemv(const LinearParams& p, const GemvLora& branch, const Context& context) {
   if (p.m == 0) return {};
   const GemvLayout<V> layout(p, branch);
-  const Workspace workspace(static_cast<std::size_t>(layout.floats(context.threads)) * sizeof(float));
+  const Workspace workspace(static_cast<std::size_t>(layout.floats(context.threads)) *
+                            sizeof(float));
   auto* scratch = workspace.as<float>();
   if (scratch == nullptr) return kOutOfMemory;
   switch (p.m) {
-    case 1: GemvRun<V, 1>(p, branch, scratch).run(context); break;
-    case 2: GemvRun<V, 2>(p, branch, scratch).run(context); break;
-    case 3: GemvRun<V, 3>(p, branch, scratch).run(context); break;
-    default: GemvRun<V, 4>(p, branch, scratch).run(context); break;
+    case 1:
+      GemvRun<V, 1>(p, branch, scratch).run(context);
+      break;
+    case 2:
+      GemvRun<V, 2>(p, branch, scratch).run(context);
+      break;
+    case 3:
+      GemvRun<V, 3>(p, branch, scratch).run(context);
+      break;
+    default:
+      GemvRun<V, 4>(p, branch, scratch).run(context);
+      break;
   }
   return {};
 }

@@ -21,11 +21,11 @@ Operand rows_of(DType dtype, const void* data, std::int64_t row_stride) {
 }
 
 // The multiplication for activations of `dtype`: bf16 stays bf16 where the processor multiplies it,
-// with the weight rounded to bf16 as a dequantized bf16 weight would be; all else is widened to fp32.
+// with the weight rounded to bf16 as a dequantized bf16 weight would be; all else is widened to
+// fp32.
 template <class V>
 Product product_of(const Weight4bit& weight, DType dtype) {
-  const bool pairs =
-      V::kHasBf16Pairs && dtype == DType::bfloat16 && rows_are_whole_vectors(weight);
+  const bool pairs = V::kHasBf16Pairs && dtype == DType::bfloat16 && rows_are_whole_vectors(weight);
   return pairs ? Product::bf16_pairs : Product::fp32;
 }
 

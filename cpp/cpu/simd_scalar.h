@@ -226,6 +226,7 @@ struct Scalar {
   }
   static I lookup_bytes(const Bytes& b, I index) {
     return map_int([&](int i) { return static_cast<std::int32_t>(b.entry[index.lane[i]]); });
+  }
 
   // ---- the matrix products' words ----
   static constexpr bool kHasBf16Pairs = false;  // has pack_pairs and dot_pairs

@@ -1,10 +1,11 @@
 // Scratch memory of one call: leased from a buffer that the calling thread keeps for its next call.
 //
-// A fresh megabyte costs some 250 page faults, as much as a small product itself; so each thread keeps
-// what its calls needed, up to kKeptBytes a lease. Everything a call needs, for all the threads it will
-// use, is leased before anything is computed: a failure is known while no output is written yet.
-// Defined out of line, in a file without an instruction set's flags: an inline function of this class
-// would be compiled differently by each isa_*.cpp, and the linker would keep any one of them.
+// A fresh megabyte costs some 250 page faults, as much as a small product itself; so each thread
+// keeps what its calls needed, up to kKeptBytes a lease. Everything a call needs, for all the
+// threads it will use, is leased before anything is computed: a failure is known while no output is
+// written yet. Defined out of line, in a file without an instruction set's flags: an inline
+// function of this class would be compiled differently by each isa_*.cpp, and the linker would keep
+// any one of them.
 #pragma once
 
 #include <cstddef>

@@ -252,7 +252,7 @@ def qlora_linear(
 
     Differentiable: its gradients, by torch's autograd, are the reference of the backward op.
     """
-    rows = x.reshape(-1, x.shape[-1]).to(torch.float64)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.float64)
     dropped = dropout(rows, seed, dropout_p) if dropout_p > 0.0 else rows
     u = dropped @ lora_a.to(torch.float64).T
     y = linear(rows, weight, bias) + scale * (u @ lora_b.to(torch.float64).T)

@@ -73,12 +73,8 @@ def make_weight(case: Case, seed: int = 0) -> Weight:
     if case.double_quant:
         absmax, nested_absmax, nested_offset = reference.quantize_scales(scales)
         scales = reference.dequantize_scales(absmax, nested_absmax, nested_offset)
-    exact = reference.dequantize_4bit(
-        packed, scales, (case.n, case.k), case.blocksize, case.format
-    )
-    return Weight(
-        packed, absmax, nested_absmax, nested_offset, case.blocksize, case.format, exact
-    )
+    exact = reference.dequantize_4bit(packed, scales, (case.n, case.k), case.blocksize, case.format)
+    return Weight(packed, absmax, nested_absmax, nested_offset, case.blocksize, case.format, exact)
 
 
 def rand(*shape: int, seed: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:

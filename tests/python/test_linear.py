@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_cases import CASES, DTYPE_IDS, DTYPES, NAMES, assert_as_exact_as_plain, make_weight, rand
+from linear_cases import (
+    CASES,
+    DTYPE_IDS,
+    DTYPES,
+    NAMES,
+    assert_as_exact_as_plain,
+    make_weight,
+    rand,
+)
 
 from qlora_native import ops
 
