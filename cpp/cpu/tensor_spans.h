@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "parallel.h"
 #include "qlora_native/backend.h"
 #include "qlora_native/layout.h"
 
@@ -21,32 +22,24 @@ inline constexpr std::int64_t kMinBlocksPerThread = 64;
 template <class Tensor, class Span>
 void for_each_span(const Tensor* tensors, std::int64_t n_tensors, const Context& context,
                    const Span& span) {
-  struct Job {
-    const Tensor* tensors;
-    std::int64_t n_tensors;
-    const Span& span;
-  };
   std::int64_t blocks = 0;
-  for (std::int64_t i = 0; i < n_tensors; ++i)
+  for (std::int64_t i = 0; i < n_tensors; ++i) {
     blocks += n_blocks(tensors[i].n, kOptimizerBlocksize);
-  if (blocks == 0) return;
-
-  Job job{tensors, n_tensors, span};
-  const auto body = [](void* arg, std::int64_t begin, std::int64_t end) {
-    const Job& shared = *static_cast<const Job*>(arg);
+  }
+  const auto body = [&](std::int64_t begin, std::int64_t end) {
     std::int64_t first = 0;  // block of all, at which tensor i starts
-    for (std::int64_t i = 0; i < shared.n_tensors && first < end; ++i) {
-      const Tensor& tensor = shared.tensors[i];
+    for (std::int64_t i = 0; i < n_tensors && first < end; ++i) {
+      const Tensor& tensor = tensors[i];
       const std::int64_t last = first + n_blocks(tensor.n, kOptimizerBlocksize);
       if (last > begin) {
         const std::int64_t from = (begin > first ? begin - first : 0) * kOptimizerBlocksize;
         const std::int64_t to = (end < last ? end - first : last - first) * kOptimizerBlocksize;
-        shared.span(tensor, from, to < tensor.n ? to : tensor.n);
+        span(tensor, from, to < tensor.n ? to : tensor.n);
       }
       first = last;
     }
   };
-  context.parallel_for(blocks, kMinBlocksPerThread, body, &job);
+  parallel_for(context, blocks, kMinBlocksPerThread, body);
 }
 
 }  // namespace qlora::cpu
