@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +39,7 @@ __all__ = [
     "footprint",
     "lora_layers",
     "merge",
+    "put_lora",
     "quantize",
     "quantized_layers",
     "remove_lora",
@@ -227,23 +229,32 @@ def add_lora(
         all_names=[name for name, _ in model.named_modules() if name],
         never=output_embedding_names(model),
     )
+    put_lora(
+        model,
+        {
+            name: {
+                "r": pattern_value(rank_pattern or {}, name, r),
+                "alpha": pattern_value(alpha_pattern or {}, name, alpha),
+                "dropout": dropout,
+                "use_rslora": use_rslora,
+                "use_dora": use_dora,
+                "adapter_dtype": adapter_dtype,
+            }
+            for name in chosen
+        },
+    )
+    return chosen
+
+
+def put_lora(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put LoRA on the 4-bit linears of these names, each with its options, and freeze all else."""
     model.requires_grad_(False)
     names_of = places(model)
-    for name in chosen:
+    for name, layer_options in options.items():
         base = model.get_submodule(name)
         assert isinstance(base, Linear4bit)
-        layer = QLoRALinear.from_base(
-            base,
-            r=pattern_value(rank_pattern or {}, name, r),
-            alpha=pattern_value(alpha_pattern or {}, name, alpha),
-            dropout=dropout,
-            use_rslora=use_rslora,
-            use_dora=use_dora,
-            adapter_dtype=adapter_dtype,
-        )
-        replace(model, names_of[name], base, layer)
+        replace(model, names_of[name], base, QLoRALinear.from_base(base, **layer_options))
     let_inputs_require_grad(model)
-    return chosen
 
 
 def remove_lora(model: nn.Module) -> None:
