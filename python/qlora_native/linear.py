@@ -209,7 +209,9 @@ class Linear4bit(nn.Module):
     # ---- what forward does to its input ----
 
     def _input(self, x: Tensor) -> Tensor:
-        if self.weight.is_meta and not x.is_meta:
+        if x.is_meta:
+            return x
+        if self.weight.is_meta:
             raise RuntimeError(
                 f"the weight of {type(self).__name__}({self.extra_repr()}) is on the meta device: "
                 "load it first, by load_state_dict(…, assign=True) or to_empty + load_state_dict"

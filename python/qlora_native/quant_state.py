@@ -151,6 +151,8 @@ class QuantState:
                 f"{name} must hold {wanted} bytes for shape {list(self.shape)} at 4 bits a value, "
                 f"got {packed.nbytes} bytes ({packed.dtype} {list(packed.shape)})"
             )
+        if packed.dtype == torch.uint8 and packed.shape == (wanted, 1) and packed.is_contiguous():
+            return packed
         return packed.contiguous().view(-1).view(torch.uint8).view(wanted, 1)
 
     def to_bnb_dict(self, prefix: str = "weight.") -> dict[str, Tensor]:
