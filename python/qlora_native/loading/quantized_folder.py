@@ -39,7 +39,7 @@ def save_quantized(
     """
     settings = settings_of(model)
     folder = Path(folder)
-    if folder.exists() and not _may_be_replaced(folder):
+    if folder.exists() and not may_be_replaced(folder):
         raise FileExistsError(
             f"{folder} exists and is no model folder: choose another name or remove it"
         )
@@ -84,7 +84,7 @@ def settings_of(model: Model) -> QuantSettings:
     return QuantSettings(state.format, state.blocksize, state.double_quant, tuple(sorted(skip)))
 
 
-def _may_be_replaced(folder: Path) -> bool:
+def may_be_replaced(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
 
 
