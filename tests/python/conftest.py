@@ -87,6 +87,10 @@ def sentinels() -> Iterator[Sentinels]:
         assert after.numel() == 0, f"wrote {int(after[-1]) + 1} bytes past the tensor's end"
 
 
+def pytest_report_header() -> str:
+    return f"torch {torch.__version__}, qlora_native from {qlora_native.__file__}"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ran = ", ".join(f"{name} ({_ran[name]} tests)" for name in _BUILT if _ran[name]) or "none"
     missing = [name for name in _BUILT if name not in _AVAILABLE]
@@ -95,3 +99,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if missing:
         terminalreporter.write_line(f"not on this processor: {', '.join(missing)}")
     terminalreporter.write_line(f"default here: {qlora_native.cpu_isa()}")
+    terminalreporter.write_line(pytest_report_header())

@@ -131,18 +131,22 @@ def test_isa_files_include_no_std_container(unit: Path) -> None:
         assert not includes(path) & FORBIDDEN_STD - allowed, path.name
 
 
-# Lower may not import higher. Modules of one level may import each other.
+# Lower may not import higher; modules of one level may import each other. What is not named here
+# stands between the layers and the command line: it may import all but the latter.
 LEVELS = [
     {"_load", "_errors", "_core", "reference"},
     {"ops", "_fake"},
     {"autograd"},
     {"quant_state", "functional"},
-    {"nn", "optim", "loss", "records", "data", "collate"},
-    {"model", "adapter"},
-    {"loading", "merging", "train", "checkpoint", "metrics"},
-    {"cli", "demo", "_demo"},
+    {"linear", "lora", "nn", "optim"},
+    {"anything else"},
+    {"cli", "demo"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def level_of(module: str) -> int:
+    return LEVEL_OF.get(module, LEVEL_OF["anything else"])
 
 
 def imports(nodes: Iterable[ast.AST]) -> set[str]:
@@ -161,22 +165,25 @@ def module_of(path: Path) -> str:
 
 
 def test_python_modules_import_downwards() -> None:
+    offenders = []
     for path in sources(PACKAGE, ".py"):
         module = module_of(path)
         if module == "__init__":
             continue
-        assert module in LEVEL_OF, f"{module} has no level: add it to LEVELS"
         for name in imports(ast.walk(ast.parse(path.read_text()))):
             package, _, rest = name.partition(".")
             imported = rest.partition(".")[0]
-            if package == "qlora_native" and imported in LEVEL_OF:
-                assert LEVEL_OF[imported] <= LEVEL_OF[module], f"{module} imports {imported}"
+            is_module = (PACKAGE / f"{imported}.py").is_file() or (PACKAGE / imported).is_dir()
+            upwards = level_of(imported) > level_of(module)
+            if package == "qlora_native" and imported and is_module and upwards:
+                offenders.append(f"{module} imports {imported}")
+    assert not offenders
 
 
 def test_optional_packages_are_imported_late() -> None:
     optional = {"transformers", "peft", "bitsandbytes", "gguf", "matplotlib", "yaml"}
     for path in sources(PACKAGE, ".py"):
-        if module_of(path) in {"cli", "demo", "_demo"}:
+        if module_of(path) in {"cli", "demo"}:
             continue
         at_import = imports(ast.parse(path.read_text()).body)
         assert not optional & {name.partition(".")[0] for name in at_import}, path.name

