@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_native import ops
+from qlora_native import autograd, ops
 from qlora_native.quant_state import QuantState
 
 __all__ = [
@@ -164,7 +164,7 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
     Returns:
         [..., N] of x's dtype.
     """
-    return ops.linear_4bit(
+    return autograd.linear_4bit(
         x,
         packed,
         state.absmax,
@@ -205,7 +205,7 @@ def qlora_linear(
         [..., N] of x's dtype.
     """
     _matrix_shape(state)
-    y, _ = ops.qlora_linear(
+    return autograd.qlora_linear(
         x,
         packed,
         state.absmax,
@@ -220,7 +220,6 @@ def qlora_linear(
         dropout_p,
         seed,
     )
-    return y
 
 
 def _matrix_shape(state: QuantState) -> tuple[int, int]:

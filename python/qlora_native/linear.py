@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native import ops
+from qlora_native import autograd
 from qlora_native.functional import dequantize_4bit, quantize_4bit
 from qlora_native.quant_state import NESTED_BLOCKSIZE, WEIGHT_DTYPES, QuantState
 
@@ -187,7 +187,7 @@ class Linear4bit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's under it."""
         x = self._input(x)
-        return ops.linear_4bit(
+        return autograd.linear_4bit(
             x,
             self.weight,
             self.absmax,

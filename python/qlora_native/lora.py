@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_native import ops
+from qlora_native import autograd
 from qlora_native.functional import linear_4bit, quantize_4bit
 from qlora_native.linear import Linear4bit
 from qlora_native.quant_state import QuantState
@@ -162,7 +162,7 @@ class QLoRALinear(Linear4bit):
         seed = None
         if dropout > 0.0:
             seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)
-        y, _ = ops.qlora_linear(
+        return autograd.qlora_linear(
             x,
             self.weight,
             self.absmax,
@@ -177,7 +177,6 @@ class QLoRALinear(Linear4bit):
             dropout,
             seed,
         )
-        return y
 
     # ---- DoRA ----
 

@@ -10,10 +10,10 @@ import math
 
 import pytest
 import torch
-from linear_cases import CASES, Case, make_weight, rand
 from torch import Tensor
 
 import qlora_native
+from linear_cases import CASES, Case, make_weight, rand
 from qlora_native import ops, reference
 
 K = 48

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from linear_cases import (
     CASES,
     DTYPE_IDS,
@@ -13,7 +14,6 @@ from linear_cases import (
     make_weight,
     rand,
 )
-
 from qlora_native import ops
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from linear_cases import (
     CASES,
     DTYPE_IDS,
@@ -16,8 +18,6 @@ from linear_cases import (
     make_weight,
     rand,
 )
-from torch import Tensor
-
 from qlora_native import ops, reference
 
 SCALE = 1.75
