@@ -1,9 +1,10 @@
 // Decodes runs of a packed 4-bit weight, anywhere in it: what dequantize_4bit writes out whole, and
 // what the linear kernels read panel by panel.
 //
-// The sixteen values are multiplied with the block's scale once and then only looked up: the same
-// bits as value * scale, at one multiplication for a whole block. A block starts at a whole byte,
-// for block sizes are even, but a run may start at the low nibble of one (a row of an odd width).
+// The sixteen values are multiplied with the block's scale, and rounded to a 16-bit output type,
+// once and then only looked up: the same bits as value by value, at a few instructions for a whole
+// block. A block starts at a whole byte, for block sizes are even, but a run may start at the low
+// nibble of one (a row of an odd width).
 #pragma once
 
 #include <cstdint>
@@ -21,37 +22,55 @@ typename V::Table block_table(const Weight4bit& weight, std::int64_t block) {
   return V::scaled(V::table(weight.format.values), block_scale<V>(weight.scales, block));
 }
 
-// `count` < kWidth codes: no byte past the last one that holds any is read.
-template <class V>
-typename V::I unpack_codes_n(const std::uint8_t* packed, std::int64_t count) {
-  std::uint8_t bytes[V::kWidth / 2] = {};
-  std::memcpy(bytes, packed, static_cast<std::size_t>(packed_bytes(count)));
-  return V::unpack_codes(bytes);
+// The same, rounded to T where that is a 16-bit type.
+template <class V, class T>
+auto block_table_of(const Weight4bit& weight, std::int64_t block) {
+  const auto table = block_table<V>(weight, block);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return table;
+  } else {
+    return V::template half_table<T>(table);
+  }
 }
 
-// `count` values whose first code is the high nibble of packed[0].
-template <class V, class T>
+// `count` values whose first code is the high nibble of packed[0]. No byte past the last one that
+// holds a code is read.
+template <class V>
 void decode_aligned(const typename V::Table& table, const std::uint8_t* packed, std::int64_t count,
-                    T* out) {
+                    float* out) {
   std::int64_t i = 0;
   for (; i + V::kWidth <= count; i += V::kWidth) {
     V::store(out + i, V::lookup(table, V::unpack_codes(packed + i / 2)));
   }
-  if (i < count) {
-    const std::int64_t rest = count - i;
-    V::store_n(out + i, V::lookup(table, unpack_codes_n<V>(packed + i / 2, rest)), rest);
-  }
+  if (i == count) return;
+  std::uint8_t bytes[V::kWidth / 2] = {};
+  std::memcpy(bytes, packed + i / 2, static_cast<std::size_t>(packed_bytes(count - i)));
+  V::store_n(out + i, V::lookup(table, V::unpack_codes(bytes)), count - i);
+}
+
+template <class V, class T>
+void decode_aligned(const typename V::HalfTable& table, const std::uint8_t* packed,
+                    std::int64_t count, T* out) {
+  constexpr int kRun = 32;
+  std::int64_t i = 0;
+  for (; i + kRun <= count; i += kRun) V::store_decoded(out + i, table, packed + i / 2);
+  if (i == count) return;
+  std::uint8_t bytes[kRun / 2] = {};
+  T values[kRun];
+  std::memcpy(bytes, packed + i / 2, static_cast<std::size_t>(packed_bytes(count - i)));
+  V::store_decoded(values, table, bytes);
+  std::memcpy(out + i, values, static_cast<std::size_t>(count - i) * sizeof(T));
 }
 
 // out[0..count) = the weight's values first .. first + count - 1 in row-major order, as T.
 template <class V, class T>
 void decode_run(const Weight4bit& weight, std::int64_t first, std::int64_t count, T* out) {
   const std::int64_t end = first + count;
-  for (std::int64_t i = first; i < end;) {
-    const std::int64_t block = i / weight.blocksize;
+  std::int64_t block = first / weight.blocksize;
+  for (std::int64_t i = first; i < end; ++block) {
     const std::int64_t block_end = (block + 1) * weight.blocksize;
     const std::int64_t stop = block_end < end ? block_end : end;
-    const auto table = block_table<V>(weight, block);
+    const auto table = block_table_of<V, T>(weight, block);
     if (i % 2 != 0) {
       const auto byte = static_cast<std::uint8_t>(weight.packed[i / 2] << 4);
       decode_aligned<V>(table, &byte, 1, out);

@@ -23,62 +23,131 @@
 namespace qlora::cpu {
 
 inline constexpr float kSmallestDivisor = 1e-38f;
+inline constexpr float kLargestFloat = 0x1.fffffep127f;
 inline constexpr int kChunk = 32;  // values whose codes are packed together; the smallest block
+
+// V::count_below_binned needs it of a format's midpoints (simd_scalar.h).
+constexpr bool fit_bins(const float (&midpoints)[15]) {
+  int last_bin = -1;
+  for (const float midpoint : midpoints) {
+    const float position = midpoint * 15.5f + 15.5f;
+    const int bin = static_cast<int>(position);
+    const float within = position - static_cast<float>(bin);
+    if (bin == last_bin || within < 1e-3f || within > 1.0f - 1e-3f) return false;
+    last_bin = bin;
+  }
+  return true;
+}
 
 // What does not change from block to block.
 template <class V>
 struct Encoder4bit {
   typename V::Midpoints midpoints;
+  typename V::Bins bins;
   typename V::Bytes order;
-  bool ordered;  // codes ascend with their values
   std::uint8_t zero_code;
 
   explicit Encoder4bit(const Format& format)
       : midpoints(V::midpoints(format.midpoints)),
+        bins(V::bins(format.midpoints)),
         order(V::bytes(format.order)),
-        ordered(format.order[0] == 0 && format.order[15] == 15),
         zero_code(format.zero_code) {}
 };
+
+// How a block's codes are found.
+enum class Search {
+  binned,     // quickest; codes ascend with their values, midpoints fit the bins, all values finite
+  ascending,  // codes ascend with their values
+  any,
+};
+
+static_assert(fit_bins(kNf4.midpoints) && kNf4.order[0] == 0 && kNf4.order[15] == 15);
+
+template <class V, Search kSearch>
+typename V::I find_codes(const Encoder4bit<V>& encoder, typename V::F x) {
+  if constexpr (kSearch == Search::binned) return V::count_below_binned(encoder.bins, x);
+  const auto count = V::count_below(encoder.midpoints, x);
+  if constexpr (kSearch == Search::any) return V::lookup_bytes(encoder.order, count);
+  return count;
+}
 
 // |x| of the largest value, NaN if there is any; count is a multiple of kChunk.
 template <class V, class T>
 float largest_magnitude(const T* x, std::int64_t count) {
-  auto even = V::zero();
-  auto odd = V::zero();
-  for (std::int64_t i = 0; i < count; i += 2 * V::kWidth) {
-    even = V::max_magnitude(even, V::load(x + i));
-    odd = V::max_magnitude(odd, V::load(x + i + V::kWidth));
+  if constexpr (sizeof(T) == 2) {
+    auto largest = V::zero_halves();
+    for (std::int64_t i = 0; i < count; i += V::kHalves) {
+      largest = V::max_magnitude_halves(largest, x + i);
+    }
+    return V::widen(T{V::reduce_max_halves(largest)});
+  } else {
+    auto even = V::zero();
+    auto odd = V::zero();
+    for (std::int64_t i = 0; i < count; i += 2 * V::kWidth) {
+      even = V::max_magnitude(even, V::load(x + i));
+      odd = V::max_magnitude(odd, V::load(x + i + V::kWidth));
+    }
+    return V::reduce_max_magnitude(V::max_magnitude(even, odd));
   }
-  return V::reduce_max_magnitude(V::max_magnitude(even, odd));
 }
 
 // kChunk codes of x[i], each first passed through `normalize`, to kChunk / 2 bytes.
-template <class V, bool kOrdered, class T, class Normalize>
-void encode_chunk(const Encoder4bit<V>& encoder, const T* x, const Normalize& normalize,
-                  std::uint8_t* packed) {
+template <class V, Search kSearch, class T, class Normalize>
+[[gnu::always_inline]] inline void encode_chunk(const Encoder4bit<V>& encoder, const T* x,
+                                                const Normalize& normalize, std::uint8_t* packed) {
   constexpr int kVectors = kChunk / V::kWidth;
   typename V::I codes[kVectors];
   for (int j = 0; j < kVectors; ++j) {
-    codes[j] = V::count_below(encoder.midpoints, normalize(V::load(x + j * V::kWidth)));
-    if constexpr (!kOrdered) codes[j] = V::lookup_bytes(encoder.order, codes[j]);
+    codes[j] = find_codes<V, kSearch>(encoder, normalize(V::load(x + j * V::kWidth)));
   }
   V::pack_codes(packed, codes);
 }
 
-template <class V, bool kOrdered, class T>
-void encode_full_block(const Encoder4bit<V>& encoder, const T* x, std::int64_t blocksize,
-                       std::uint8_t* packed, float* absmax) {
-  *absmax = largest_magnitude<V>(x, blocksize);
-  const float divisor = *absmax < kSmallestDivisor ? kSmallestDivisor : *absmax;
-  const auto inverse = V::set1(1.0f / divisor);
-  const auto normalize = [&](typename V::F v) { return V::mul(v, inverse); };
-  for (std::int64_t i = 0; i < blocksize; i += kChunk) {
-    encode_chunk<V, kOrdered>(encoder, x + i, normalize, packed + i / 2);
+// A block's codes wait for its absmax, some 60 cycles from its last load to the first product. So
+// the absmax of a group of blocks is found before the codes of any: the waits overlap.
+inline constexpr std::int64_t kGroupValues = 1024;
+inline constexpr std::int64_t kMaxGroup = kGroupValues / kMinBlocksize;
+
+constexpr std::int64_t blocks_in_group(std::int64_t blocksize) {
+  return blocksize < kGroupValues ? kGroupValues / blocksize : 1;
+}
+
+template <class V, Search kSearch, class T>
+[[gnu::always_inline]] inline void encode_group(const Encoder4bit<V>& encoder, const T* x,
+                                                std::int64_t blocks, std::int64_t blocksize,
+                                                const float* inverse, std::uint8_t* packed) {
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const auto factor = V::set1(inverse[block]);
+    const auto normalize = [&](typename V::F v) { return V::mul(v, factor); };
+    for (std::int64_t i = 0; i < blocksize; i += kChunk) {
+      encode_chunk<V, kSearch>(encoder, x + i, normalize, packed + i / 2);
+    }
+    x += blocksize;
+    packed += blocksize / 2;
+  }
+}
+
+template <class V, Search kSearch, class T>
+void encode_full_blocks(const Encoder4bit<V>& shared, const T* x, std::int64_t blocks,
+                        std::int64_t blocksize, std::uint8_t* packed, float* absmax) {
+  const Encoder4bit<V> encoder = shared;  // a local one, which no store can alias
+  float inverse[kMaxGroup];
+  bool finite = true;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    absmax[block] = largest_magnitude<V>(x + block * blocksize, blocksize);
+    const float divisor = absmax[block] < kSmallestDivisor ? kSmallestDivisor : absmax[block];
+    inverse[block] = 1.0f / divisor;
+    finite &= divisor <= kLargestFloat;
+  }
+  if (kSearch == Search::ascending && finite) {
+    encode_group<V, Search::binned>(encoder, x, blocks, blocksize, inverse, packed);
+  } else {
+    encode_group<V, kSearch>(encoder, x, blocks, blocksize, inverse, packed);
   }
 }
 
 // 0 < count < blocksize values, and the padding of an odd one.
-template <class V, bool kOrdered, class T>
+template <class V, Search kSearch, class T>
 void encode_partial_block(const Encoder4bit<V>& encoder, const T* x, std::int64_t count,
                           std::uint8_t* packed, float* absmax) {
   const std::int64_t whole = count / kChunk * kChunk;
@@ -92,10 +161,10 @@ void encode_partial_block(const Encoder4bit<V>& encoder, const T* x, std::int64_
   const auto divisor = V::set1(*absmax);
   const auto normalize = [&](typename V::F v) { return V::div(v, divisor); };
   for (std::int64_t i = 0; i < whole; i += kChunk) {
-    encode_chunk<V, kOrdered>(encoder, x + i, normalize, packed + i / 2);
+    encode_chunk<V, kSearch>(encoder, x + i, normalize, packed + i / 2);
   }
   std::uint8_t bytes[kChunk / 2];
-  encode_chunk<V, kOrdered>(encoder, rest, normalize, bytes);
+  encode_chunk<V, kSearch>(encoder, rest, normalize, bytes);
   if (count % 2 != 0) {
     std::uint8_t& last = bytes[(count - whole) / 2];
     last = static_cast<std::uint8_t>((last & 0xF0) | encoder.zero_code);
@@ -103,19 +172,22 @@ void encode_partial_block(const Encoder4bit<V>& encoder, const T* x, std::int64_
   std::memcpy(packed + whole / 2, bytes, static_cast<std::size_t>(packed_bytes(count - whole)));
 }
 
-template <class V, bool kOrdered, class T>
-void encode_blocks(const Quantize4bitParams& p, const Encoder4bit<V>& encoder, std::int64_t begin,
-                   std::int64_t end) {
+template <class V, Search kSearch, class T>
+void encode_blocks(const Quantize4bitParams& p, std::int64_t begin, std::int64_t end) {
+  const Encoder4bit<V> encoder(p.format);
   const T* const x = static_cast<const T*>(p.x);
-  for (std::int64_t block = begin; block < end; ++block) {
+  const std::int64_t full = p.n / p.blocksize < end ? p.n / p.blocksize : end;
+  const std::int64_t group = blocks_in_group(p.blocksize);
+  for (std::int64_t block = begin; block < full; block += group) {
     const std::int64_t first = block * p.blocksize;
-    const std::int64_t count = p.n - first;
-    std::uint8_t* const packed = p.packed + first / 2;
-    if (count >= p.blocksize) {
-      encode_full_block<V, kOrdered>(encoder, x + first, p.blocksize, packed, &p.absmax[block]);
-    } else {
-      encode_partial_block<V, kOrdered>(encoder, x + first, count, packed, &p.absmax[block]);
-    }
+    const std::int64_t blocks = block + group < full ? group : full - block;
+    encode_full_blocks<V, kSearch>(encoder, x + first, blocks, p.blocksize, p.packed + first / 2,
+                                   p.absmax + block);
+  }
+  if (full < end) {
+    const std::int64_t first = full * p.blocksize;
+    encode_partial_block<V, kSearch>(encoder, x + first, p.n - first, p.packed + first / 2,
+                                     p.absmax + full);
   }
 }
 
@@ -124,14 +196,13 @@ inline constexpr std::int64_t kQuantizeGrain = 32768;
 
 template <class V>
 Status quantize_4bit(const Quantize4bitParams& p, const Context& context) {
-  const Encoder4bit<V> encoder(p.format);
   const std::int64_t blocks = n_blocks(p.n, p.blocksize);
   const auto run = [&](std::int64_t begin, std::int64_t end) {
     with_type(p.dtype, [&]<class T>() {
-      if (encoder.ordered) {
-        encode_blocks<V, true, T>(p, encoder, begin, end);
+      if (p.format.tag == FormatTag::nf4) {
+        encode_blocks<V, Search::ascending, T>(p, begin, end);
       } else {
-        encode_blocks<V, false, T>(p, encoder, begin, end);
+        encode_blocks<V, Search::any, T>(p, begin, end);
       }
     });
   };

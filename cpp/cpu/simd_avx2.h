@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -80,6 +81,26 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_castsi128_ps(x));
   }
 
+  // ---- 16-bit elements, by their bits ----
+  static constexpr int kHalves = 2 * kWidth;
+  using H = __m256i;
+  static H zero_halves() { return _mm256_setzero_si256(); }
+  static float widen(Float16 value) { return _cvtsh_ss(value.bits); }
+  static float widen(BFloat16 value) {
+    return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16);
+  }
+  template <class T>
+  static H max_magnitude_halves(H magnitude, const T* p) {
+    const H bits = _mm256_loadu_si256(reinterpret_cast<const H*>(p));
+    return _mm256_max_epi16(magnitude, _mm256_and_si256(bits, _mm256_set1_epi16(0x7FFF)));
+  }
+  // vphminposuw finds the smallest of eight: of the complements, that is the largest.
+  static std::uint16_t reduce_max_halves(H v) {
+    const __m128i x = _mm_max_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(x, _mm_set1_epi16(-1)));
+    return static_cast<std::uint16_t>(~_mm_cvtsi128_si32(smallest));
+  }
+
   // ---- 32-bit integers ----
   static I set1_int(std::int32_t value) { return _mm256_set1_epi32(value); }
   static I bits(F v) { return _mm256_castps_si256(v); }
@@ -144,6 +165,37 @@ struct Avx2 {
                             _mm256_permutevar8x32_ps(t.high, codes), upper_half);
   }
 
+  // The lower and the upper bytes of the entries apart, for vpshufb looks bytes up.
+  struct HalfTable {
+    __m256i lower, upper;
+  };
+  template <class T>
+  static HalfTable half_table(const Table& t) {
+    T entries[16];
+    store(entries, t.low);
+    store(entries + 8, t.high);
+    const __m128i low = load_bits(entries), high = load_bits(entries + 8);
+    const __m128i byte = _mm_set1_epi16(0xFF);
+    const __m128i lower = _mm_packus_epi16(_mm_and_si128(low, byte), _mm_and_si128(high, byte));
+    const __m128i upper = _mm_packus_epi16(_mm_srli_epi16(low, 8), _mm_srli_epi16(high, 8));
+    return {_mm256_broadcastsi128_si256(lower), _mm256_broadcastsi128_si256(upper)};
+  }
+  template <class T>
+  static void store_decoded(T* out, const HalfTable& t, const std::uint8_t* packed) {
+    const __m128i bytes = load_bits(packed), nibble = _mm_set1_epi8(0xF);
+    const __m128i first = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
+    const __m128i second = _mm_and_si128(bytes, nibble);
+    // Codes 0..31; eights 0 and 2 to the lower register half, 1 and 3 to the upper one, so that the
+    // interleaving below, which stays within the halves, leaves them in order.
+    const I codes = _mm256_permute4x64_epi64(
+        _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second)),
+        0b11011000);
+    const I lower = _mm256_shuffle_epi8(t.lower, codes);
+    const I upper = _mm256_shuffle_epi8(t.upper, codes);
+    _mm256_storeu_si256(reinterpret_cast<I*>(out), _mm256_unpacklo_epi8(lower, upper));
+    _mm256_storeu_si256(reinterpret_cast<I*>(out + 16), _mm256_unpackhi_epi8(lower, upper));
+  }
+
   // A binary search in four steps. A comparison gives -1, so the count is kept negative on its way;
   // the bounds of a step lie in the order in which the negative counts name them.
   struct Midpoints {
@@ -165,6 +217,10 @@ struct Avx2 {
     const I count4 = twice_and(count3, _mm256_cmp_ps(x, bound4, _CMP_NLE_UQ));
     return sub(_mm256_setzero_si256(), count4);
   }
+
+  using Bins = Midpoints;
+  static Bins bins(const float* bounds) { return midpoints(bounds); }
+  static I count_below_binned(const Bins& b, F x) { return count_below(b, x); }
 
   using Bytes = __m256i;
   static Bytes bytes(const std::uint8_t* entries) {

@@ -75,6 +75,27 @@ struct Avx512 {
     return std::bit_cast<float>(_mm512_reduce_max_epi32(bits(v)));
   }
 
+  // ---- 16-bit elements, by their bits ----
+  static constexpr int kHalves = 2 * kWidth;
+  using H = __m512i;
+  static H zero_halves() { return _mm512_setzero_si512(); }
+  static float widen(Float16 value) { return _cvtsh_ss(value.bits); }
+  static float widen(BFloat16 value) {
+    return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16);
+  }
+  template <class T>
+  static H max_magnitude_halves(H magnitude, const T* p) {
+    const H bits = _mm512_loadu_si512(p);
+    return _mm512_max_epi16(magnitude, _mm512_and_si512(bits, _mm512_set1_epi16(0x7FFF)));
+  }
+  // vphminposuw finds the smallest of eight: of the complements, that is the largest.
+  static std::uint16_t reduce_max_halves(H v) {
+    const __m256i x = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    const __m128i y = _mm_max_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(y, _mm_set1_epi16(-1)));
+    return static_cast<std::uint16_t>(~_mm_cvtsi128_si32(smallest));
+  }
+
   // ---- 32-bit integers ----
   static I set1_int(std::int32_t value) { return _mm512_set1_epi32(value); }
   static I bits(F v) { return _mm512_castps_si512(v); }
@@ -128,6 +149,23 @@ struct Avx512 {
   static Table scaled(Table t, float scale) { return mul(t, set1(scale)); }
   static F lookup(Table t, I codes) { return _mm512_permutexvar_ps(codes, t); }
 
+  // The entries twice, for vpermw reads five bits of a code's lane and the fifth is unspecified.
+  using HalfTable = __m512i;
+  template <class T>
+  static HalfTable half_table(Table t) {
+    T entries[16];
+    store(entries, t);
+    return _mm512_broadcast_i64x4(_mm256_loadu_epi16(entries));
+  }
+  template <class T>
+  static void store_decoded(T* out, HalfTable t, const std::uint8_t* packed) {
+    // A byte to both halves of its 32-bit lane, the lower one shifted to its high nibble.
+    const I byte = load_bytes(packed);
+    const I both = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 16));
+    const I codes = _mm512_srlv_epi16(both, set1_int(4));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(codes, t));
+  }
+
   // A binary search in four steps down a tree that lies in one register: node 1 is the root, below
   // node i are 2 i and 2 i + 1. After four steps a lane holds 16 + its count.
   using Midpoints = F;
@@ -142,6 +180,30 @@ struct Avx512 {
       node = count_above(add(node, node), x, bound);
     }
     return bit_and(node, set1_int(0xF));
+  }
+
+  // x falls into one of 31 bins, which knows how many bounds lie below it and the one inside it.
+  struct Bins {
+    F bound_low, bound_high;
+    I below_low, below_high;
+  };
+  static constexpr float kHalfBins = 15.5f;
+  static Bins bins(const float* bounds) {
+    float bound[32];
+    std::int32_t below[32];
+    for (int bin = 0, next = 0; bin < 32; ++bin) {
+      const bool inside =
+          next < 15 && bounds[next] * kHalfBins + kHalfBins < static_cast<float>(bin + 1);
+      below[bin] = next;
+      bound[bin] = inside ? bounds[next++] : std::bit_cast<float>(0x7F800000);
+    }
+    return {load(bound), load(bound + 16), _mm512_loadu_si512(below),
+            _mm512_loadu_si512(below + 16)};
+  }
+  static I count_below_binned(const Bins& b, F x) {
+    const I bin = truncate(fma(x, set1(kHalfBins), set1(kHalfBins)));
+    const F bound = _mm512_permutex2var_ps(b.bound_low, bin, b.bound_high);
+    return count_above(_mm512_permutex2var_epi32(b.below_low, bin, b.below_high), x, bound);
   }
 
   using Bytes = __m512i;

@@ -113,6 +113,29 @@ struct Scalar {
                             larger_magnitude(v.lane[1], v.lane[3]));
   }
 
+  // ---- 16-bit elements, by their bits: their order without the sign is that of the integers ----
+  static constexpr int kHalves = 2 * kWidth;
+  struct H {
+    std::int16_t lane[kHalves];
+  };
+  static H zero_halves() { return {}; }
+  static float widen(Float16 value) { return to_float(value); }
+  static float widen(BFloat16 value) { return to_float(value); }
+  // The larger of `magnitude` (not negative) and |p[i]|, NaN above infinity.
+  template <class T>
+  static H max_magnitude_halves(H magnitude, const T* p) {
+    for (int i = 0; i < kHalves; ++i) {
+      const auto bits = static_cast<std::int16_t>(p[i].bits & 0x7FFF);
+      magnitude.lane[i] = bits > magnitude.lane[i] ? bits : magnitude.lane[i];
+    }
+    return magnitude;
+  }
+  static std::uint16_t reduce_max_halves(H v) {
+    std::int16_t largest = 0;
+    for (const std::int16_t bits : v.lane) largest = bits > largest ? bits : largest;
+    return static_cast<std::uint16_t>(largest);
+  }
+
   // ---- 32-bit integers ----
   static I set1_int(std::int32_t value) {
     return map_int([=](int) { return value; });
@@ -200,6 +223,24 @@ struct Scalar {
     return map([&](int i) { return t.entry[codes.lane[i] & 0xF]; });
   }
 
+  // Sixteen values of a 16-bit type, to decode straight to it: 32 codes from 16 bytes.
+  struct HalfTable {
+    std::uint16_t entry[16];
+  };
+  template <class T>
+  static HalfTable half_table(const Table& t) {
+    HalfTable result;
+    for (int i = 0; i < 16; ++i) result.entry[i] = from_float<T>(t.entry[i]).bits;
+    return result;
+  }
+  template <class T>
+  static void store_decoded(T* out, const HalfTable& t, const std::uint8_t* packed) {
+    for (int i = 0; i < 16; ++i) {
+      out[2 * i].bits = t.entry[packed[i] >> 4];
+      out[2 * i + 1].bits = t.entry[packed[i] & 0xF];
+    }
+  }
+
   // Fifteen ascending bounds; how many of them are below x (all of them, where x is NaN).
   struct Midpoints {
     float bound[15];
@@ -214,6 +255,12 @@ struct Scalar {
     for (const float bound : m.bound) count = count_above(count, x, set1(bound));
     return count;
   }
+
+  // The same count for |x| <= 1 (and a few ulp more), where the midpoints lie in as many of 31
+  // equal bins over [-1, 1], none within 1e-5 of a bin's edge. What NaN gives is unspecified.
+  using Bins = Midpoints;
+  static Bins bins(const float* bounds) { return midpoints(bounds); }
+  static I count_below_binned(const Bins& b, F x) { return count_below(b, x); }
 
   // Sixteen bytes, looked up by lanes that hold 0..15.
   struct Bytes {
