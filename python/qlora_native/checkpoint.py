@@ -29,7 +29,7 @@ _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint that cannot be written or read; the message says what is unharmed."""
 
 

@@ -10,7 +10,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 # Settings that may differ between a run and its continuation: they change nothing that is computed.
 HARMLESS = frozenset(
-    {"output", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "plot", "threads"}
+    {
+        # Where things are; the data itself is compared by its hash.
+        *("data", "eval_data", "output"),
+        *("resume", "overwrite", "eval_every", "checkpoint_every", "keep_checkpoints"),
+        *("log_every", "plot", "threads"),
+    }
 )
 
 
@@ -18,73 +23,96 @@ class ConfigError(ValueError):
     """A setting that cannot be; the message names it, what came and what is wanted."""
 
 
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _setting(default: Any, panel: str, help: str) -> Any:
+    return field(default=default, metadata={"panel": panel, "help": help})
+
+
+_WHAT = "Model, data and output"
+_BASE = "4-bit base and adapter"
+_BATCH = "Batches"
+_OPTIM = "Optimization"
+_WATCH = "Evaluation, checkpoints, metrics"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of one run. The metadata of each field is its help text on the command line."""
 
-    # ---- what ----
-    model: str = _setting("", "Hugging Face folder, quantized folder, GGUF file, or 'demo'.")
-    data: tuple[str, ...] = _setting((), "Training files: .jsonl, .json or .txt; may be repeated.")
-    output: str = _setting("out", "Folder for adapter, checkpoints, metrics and plot.")
-    eval_data: tuple[str, ...] = _setting((), "Evaluation files, in place of a held-out part.")
+    model: str = _setting("", _WHAT, "Hugging Face folder, quantized folder, GGUF file, or 'demo'.")
+    data: tuple[str, ...] = _setting(
+        (), _WHAT, "Training files: .jsonl, .json or .txt; may be repeated."
+    )
+    output: str = _setting("out", _WHAT, "Folder for adapter, checkpoints, metrics and plot.")
+    eval_data: tuple[str, ...] = _setting(
+        (), _WHAT, "Evaluation files, in place of a held-out part."
+    )
     held_out: float = _setting(
-        0.05, "Part of the data kept for evaluation: a fraction below 1, or a number of examples."
+        0.05,
+        _WHAT,
+        "Part of the data kept for evaluation: a fraction below 1, or a number of examples.",
     )
     train_on: Literal["answers", "all"] = _setting(
-        "answers", "Learn the assistant's answers only, or every token."
+        "answers", _WHAT, "Learn the assistant's answers only, or every token."
     )
-    # ---- the 4-bit base and the adapter ----
-    format: Literal["nf4", "fp4"] = _setting("nf4", "4-bit format of the base weights.")
-    blocksize: int = _setting(64, "Values per scale of the base weights.")
-    double_quant: bool = _setting(True, "Quantize the scales, too.")
+    format: Literal["nf4", "fp4"] = _setting("nf4", _BASE, "4-bit format of the base weights.")
+    blocksize: int = _setting(64, _BASE, "Values per scale of the base weights.")
+    double_quant: bool = _setting(True, _BASE, "Quantize the scales, too.")
     dtype: Literal["auto", "float32", "bfloat16"] = _setting(
-        "auto", "Activations: auto takes bfloat16 where the processor computes in it, else float32."
+        "auto",
+        _BASE,
+        "Activations: auto takes bfloat16 where the processor computes in it, else float32.",
     )
-    r: int = _setting(16, "Rank of the adapters.")
-    alpha: float = _setting(32.0, "The adapters' output is scaled by alpha / r.")
-    dropout: float = _setting(0.0, "Dropout on the adapters' input.")
+    r: int = _setting(16, _BASE, "Rank of the adapters.")
+    alpha: float = _setting(32.0, _BASE, "The adapters' output is scaled by alpha / r.")
+    dropout: float = _setting(0.0, _BASE, "Dropout on the adapters' input.")
     targets: str = _setting(
-        "all-linear", "Linears that get an adapter: all-linear, or names: q_proj,v_proj."
+        "all-linear", _BASE, "Linears that get an adapter: all-linear, or names: q_proj,v_proj."
     )
-    use_rslora: bool = _setting(False, "Scale by alpha / sqrt(r) instead.")
-    # ---- batches ----
-    max_length: int = _setting(512, "Longest sequence in tokens; a packed row has this length.")
-    batch_size: int = _setting(4, "Rows in one forward pass.")
-    gradient_accumulation: int = _setting(1, "Forward passes in one step.")
-    packing: bool = _setting(True, "Put several examples in one row (they do not see each other).")
-    group_by_length: bool = _setting(False, "Without packing: batch examples of like length.")
-    # ---- optimization ----
-    epochs: float = _setting(1.0, "Passes over the data; may be a fraction.")
-    steps: int | None = _setting(None, "Number of steps, in place of epochs.")
+    use_rslora: bool = _setting(False, _BASE, "Scale by alpha / sqrt(r) instead.")
+    max_length: int = _setting(
+        512, _BATCH, "Longest sequence in tokens; a packed row has this length."
+    )
+    batch_size: int = _setting(4, _BATCH, "Rows in one forward pass.")
+    gradient_accumulation: int = _setting(1, _BATCH, "Forward passes in one step.")
+    packing: bool = _setting(
+        True, _BATCH, "Put several examples in one row (they do not see each other)."
+    )
+    group_by_length: bool = _setting(
+        False, _BATCH, "Without packing: batch examples of like length."
+    )
+    epochs: float = _setting(1.0, _OPTIM, "Passes over the data; may be a fraction.")
+    steps: int | None = _setting(None, _OPTIM, "Number of steps, in place of epochs.")
     optimizer: Literal["adamw", "adamw8bit", "torch"] = _setting(
-        "adamw", "AdamW with 32-bit or 8-bit state, or torch's own."
+        "adamw", _OPTIM, "AdamW with 32-bit or 8-bit state, or torch's own."
     )
-    learning_rate: float = _setting(2e-4, "Highest learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = _setting("cosine", "After warm-up.")
+    learning_rate: float = _setting(2e-4, _OPTIM, "Highest learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = _setting("cosine", _OPTIM, "After warm-up.")
     warmup: float = _setting(
-        0.03, "Warm-up: a fraction of the steps below 1, or a number of steps."
+        0.03, _OPTIM, "Warm-up: a fraction of the steps below 1, or a number of steps."
     )
-    weight_decay: float = _setting(0.0, "Decoupled weight decay.")
-    adam_beta1: float = _setting(0.9, "Decay of AdamW's first moment.")
-    adam_beta2: float = _setting(0.999, "Decay of AdamW's second moment.")
-    adam_eps: float = _setting(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = _setting(1.0, "Clip the gradient's norm to this; 0 does not clip.")
-    gradient_checkpointing: bool = _setting(False, "Recompute activations: less memory, slower.")
-    seed: int = _setting(0, "Seed of the split, the order, the adapters and dropout.")
-    threads: int | None = _setting(None, "CPU threads; by default torch decides.")
-    # ---- following the run ----
+    weight_decay: float = _setting(0.0, _OPTIM, "Decoupled weight decay.")
+    adam_beta1: float = _setting(0.9, _OPTIM, "Decay of AdamW's first moment.")
+    adam_beta2: float = _setting(0.999, _OPTIM, "Decay of AdamW's second moment.")
+    adam_eps: float = _setting(1e-8, _OPTIM, "AdamW's epsilon.")
+    max_grad_norm: float = _setting(
+        1.0, _OPTIM, "Clip the gradient's norm to this; 0 does not clip."
+    )
+    gradient_checkpointing: bool = _setting(
+        False, _OPTIM, "Recompute activations: less memory, slower."
+    )
+    seed: int = _setting(0, _OPTIM, "Seed of the split, the order, the adapters and dropout.")
+    threads: int | None = _setting(None, _OPTIM, "CPU threads; by default torch decides.")
     eval_every: int | None = _setting(
-        None, "Evaluate every so many steps; always before and after."
+        None, _WATCH, "Evaluate every so many steps; always before and after."
     )
-    checkpoint_every: int = _setting(100, "Write a checkpoint every so many steps; 0 writes none.")
-    keep_checkpoints: int = _setting(2, "Checkpoints kept; older ones are removed.")
-    log_every: int = _setting(1, "Write metrics every so many steps.")
-    plot: bool = _setting(True, "Draw loss.png.")
-    resume: bool = _setting(False, "Go on from the newest good checkpoint in output.")
+    checkpoint_every: int = _setting(
+        100, _WATCH, "Write a checkpoint every so many steps; 0 writes none."
+    )
+    keep_checkpoints: int = _setting(2, _WATCH, "Checkpoints kept; older ones are removed.")
+    log_every: int = _setting(1, _WATCH, "Write metrics every so many steps.")
+    plot: bool = _setting(True, _WATCH, "Draw loss.png.")
+    resume: bool = _setting(False, _WATCH, "Go on from the newest good checkpoint in output.")
+    overwrite: bool = _setting(False, _WATCH, "Start anew where output holds an earlier run.")
 
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainConfig)
@@ -96,6 +124,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be {wanted}, got {value!r}")
         if self.group_by_length and self.packing:
             raise ConfigError("group_by_length has no meaning with packing; set packing to false")
+        if self.resume and self.overwrite:
+            raise ConfigError("resume goes on with the earlier run, overwrite removes it; take one")
 
     @staticmethod
     def from_mapping(values: dict[str, Any], source: str = "settings") -> TrainConfig:

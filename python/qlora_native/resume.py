@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_native.checkpoint import CheckpointError
 from qlora_native.config import ConfigError, TrainConfig
 
 
@@ -37,14 +36,14 @@ def restore(
     saved = state["parameters"]
     if saved.keys() != parameters.keys():
         odd = sorted(saved.keys() ^ parameters.keys())
-        raise CheckpointError(
+        raise ConfigError(
             f"the checkpoint trains other parameters than the model has: {', '.join(odd[:4])}, …"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
             value = saved[name]
             if value.shape != parameter.shape or value.dtype != parameter.dtype:
-                raise CheckpointError(
+                raise ConfigError(
                     f"{name} is {_tensor(value)} in the checkpoint, "
                     f"{_tensor(parameter)} in the model"
                 )

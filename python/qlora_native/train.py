@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from qlora_native.schedule import Schedule, warmup_steps
 from qlora_native.signals import StopRequest
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(FloatingPointError):
     """The loss or its gradient is no longer a number; the message says where and what is left."""
 
 
@@ -137,9 +137,12 @@ class Trainer:
     def run(self) -> TrainResult:
         if self.config.resume:
             self._resume()
+        else:
+            self._start_anew()
         start, began = self.done, time.monotonic()
         self.output.mkdir(parents=True, exist_ok=True)
-        write_run(self.output / "run.json", self.identity | {"machine": describe_environment()})
+        described = self.identity | {"machine": describe_environment()}
+        write_run(self.output / "run.json", described)
         stop = StopRequest(
             lambda name: self.reporter.say(
                 f"{name}: finishing this step, then writing a checkpoint; once more stops at once"
@@ -166,7 +169,7 @@ class Trainer:
                     self._write_checkpoint()
             finally:
                 self.reporter.close()
-        return TrainResult(
+        result = TrainResult(
             steps=self.done,
             tokens=tokens,
             seconds=time.monotonic() - began,
@@ -178,6 +181,8 @@ class Trainer:
             checkpoint=self.checkpoint,
             adapter=None if stop else self._write_adapter(),
         )
+        write_run(self.output / "run.json", described | {"result": asdict(result)})
+        return result
 
     def _step(self, batches: list[Batch]) -> float:
         """One optimizer step; returns the mean loss of the labelled tokens."""
@@ -249,6 +254,16 @@ class Trainer:
             return None
         files.write_folder(self.output / "adapter", self.save_adapter)
         return self.output / "adapter"
+
+    def _start_anew(self) -> None:
+        if not (self.output / "run.json").exists():
+            return
+        if not self.config.overwrite:
+            raise ConfigError(
+                f"output: {self.output} holds an earlier run; give another folder, resume to go on "
+                "with it, or overwrite to remove it"
+            )
+        files.remove(self.store.folder)
 
     def _resume(self) -> None:
         found = self.store.read_latest()

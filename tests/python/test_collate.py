@@ -126,7 +126,7 @@ def test_isolation_check_knows_a_model_that_leaks() -> None:
         def forward(self, input_ids: Any, position_ids: Any = None, **others: Any) -> Any:
             return self.inner(input_ids=input_ids, **others)
 
-    with pytest.raises(RuntimeError, match="let examples see each other"):
+    with pytest.raises(ValueError, match="let examples see each other"):
         check_isolation(Leaky())
 
 

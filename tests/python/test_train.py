@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -96,15 +97,13 @@ def test_accumulating_equals_one_large_batch(tmp_path: Path) -> None:
 class Stopper(Reporter):
     """Sends this process a signal after a step, as Ctrl-C does."""
 
-    def __init__(self, after: int) -> None:
-        self.after = after
+    def __init__(self, after: int, number: signal.Signals = signal.SIGINT) -> None:
+        self.after, self.number = after, number
         self.said: list[str] = []
 
     def step(self, record: dict[str, Any]) -> None:
-        import signal
-
         if record["step"] == self.after:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
     def say(self, message: str) -> None:
         self.said.append(message)
@@ -154,6 +153,15 @@ def test_resuming_has_the_bits_of_not_stopping(tmp_path: Path, micro: int) -> No
     ]
     assert evaluations[0] == evaluations[1]
     assert_same_bits(parameters(whole), parameters(resumed))
+
+
+def test_terminating_writes_a_checkpoint_too(tmp_path: Path) -> None:
+    reporter = Stopper(after=2, number=signal.SIGTERM)
+    model = add_torch_lora(make_llama())
+    result = train(model, config(tmp_path), examples(8), reporter=reporter)
+    assert (result.stopped_by, result.steps) == ("SIGTERM", 2)
+    assert result.checkpoint == tmp_path / "checkpoints" / "step-000002"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:

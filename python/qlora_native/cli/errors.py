@@ -86,7 +86,7 @@ def explain(error: BaseException) -> str | None:
         return f"the Python package {error.name!r} is not installed: {remedy}"
     if isinstance(error, OSError):
         return _explain_os_error(error)
-    if isinstance(error, (ValueError, KeyError, ImportError)):
+    if isinstance(error, (ValueError, KeyError, ImportError, ArithmeticError)):
         return " ".join(str(error.args[0] if error.args else error).split())
     return None
 
