@@ -70,7 +70,9 @@ def run(config: TrainConfig) -> None:
     )
     with console.status("Loading SmolLM2-135M-Instruct and quantizing it to NF4"):
         model, tokenizer = load_model("demo", dtype=dtype)
-    console.print(f"Loaded SmolLM2-135M-Instruct in {time.monotonic() - began:.1f} s: {footprint(model)}")
+    console.print(
+        f"Loaded SmolLM2-135M-Instruct in {time.monotonic() - began:.1f} s: {footprint(model)}"
+    )
 
     training, held_out = _examples(config, tokenizer, console)
     before = _answers(model, tokenizer, console, "Before training")

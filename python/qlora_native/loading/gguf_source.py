@@ -29,7 +29,6 @@ _CANNOT_READ = (
     OSError,
     NotImplementedError,
     OverflowError,
-    MemoryError,
 )
 
 
@@ -39,13 +38,21 @@ def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Model, Any]:
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         with _quietly():
-            model = hf().AutoModelForCausalLM.from_pretrained(**where, dtype=dtype or torch.float32)
+            model = hf().AutoModelForCausalLM.from_pretrained(
+                **where, dtype=dtype or torch.float32, **_as_floats()
+            )
             tokenizer = hf().AutoTokenizer.from_pretrained(**where)
     except _CANNOT_READ as error:
         raise _refusal(path, error) from error
     # transformers writes the model's display name here, which is no place to load from.
     model.name_or_path = model.config._name_or_path = str(path)
     return model.eval(), tokenizer
+
+
+def _as_floats() -> dict[str, Any]:
+    """Keeps newer transformers from leaving weights packed in layers of its own."""
+    has_packed_layers = hasattr(hf(), "GgufConfig")
+    return {"quantization_config": hf().GgufConfig(dequantize=True)} if has_packed_layers else {}
 
 
 def read_gguf_config(path: Path) -> Config:
