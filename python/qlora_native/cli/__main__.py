@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 try:
@@ -21,7 +22,7 @@ from qlora_native.cli.merge import merge
 from qlora_native.cli.quantize import quantize
 from qlora_native.cli.train import train
 
-_COMMANDS = {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "generate": generate,
     "eval": eval_command,
