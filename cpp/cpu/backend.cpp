@@ -7,7 +7,7 @@
 
 #include "isa.h"
 
-#if defined(__x86_64__)
+#if defined(QLORA_HAS_AVX2)
 #include <cpuid.h>
 #endif
 
@@ -20,7 +20,7 @@ struct Isa {
   bool runs;
 };
 
-#if defined(__x86_64__)
+#if defined(QLORA_HAS_AVX2)
 struct Cpuid {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
@@ -62,7 +62,7 @@ Features detect() {
 
 // Narrowest first; those that do not run here are left in, so that they can be named.
 const Isa* isas() {
-#if defined(__x86_64__)
+#if defined(QLORA_HAS_AVX2)
   static const Features features = detect();
   static const Isa table[] = {{"scalar", &scalar_backend, true},
                               {"avx2", &avx2_backend, features.avx2},

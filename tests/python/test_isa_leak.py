@@ -1,8 +1,8 @@
 """No AVX instruction may stand where a processor without AVX could come upon it.
 
 Two ways lead there: an object compiled with the wrong flags, and an inline function that both an
-isa_*.cpp object and another one carry, of which the linker keeps whichever copy it meets first. Both
-are looked for in the build tree's objects, and the linked library is disassembled as well.
+isa_*.cpp object and another one carry, of which the linker keeps whichever copy it meets first.
+Both are looked for in the build tree's objects, and the linked library is disassembled as well.
 """
 
 from __future__ import annotations
