@@ -116,7 +116,7 @@ def divergence(p: Sequence[Tensor], q: Sequence[Tensor]) -> tuple[float, float, 
 
 
 def _squared(tensor: Tensor) -> float:
-    return float(tensor.double().square().sum())
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def _ratio(squared: float, of: float) -> float:
