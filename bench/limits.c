@@ -1,7 +1,8 @@
-// What the machine can do at most: floating-point rate by instruction set, and bandwidth by level of
-// the memory hierarchy. Benchmarks are told as a fraction of these.
+// What the machine can do at most: floating-point rate by instruction set, and bandwidth by level
+// of the memory hierarchy. Benchmarks are told as a fraction of these.
 //
-//     limits THREADS LEVEL=BYTES...   ->   {"flops": {...}, "bandwidth": {LEVEL: {...}}}   on stdout
+//     limits THREADS LEVEL=BYTES...   ->   {"flops": {...}, "bandwidth": {LEVEL: {...}}}   on
+//     stdout
 //
 // Every thread works on buffers of its own, BYTES in all for each thread; rates are sums over the
 // threads, the best of several tries. A copy counts what it reads and what it writes.
@@ -88,21 +89,21 @@ static volatile float sink;
 #include <immintrin.h>
 
 // Twelve chains of multiply-adds hide the latency of four or five cycles on two units.
-#define DEFINE_FMA(name, isa, vector, set, step, reduce)                      \
+#define DEFINE_FMA(name, isa, vector, set, step, reduce)                     \
   __attribute__((target(isa))) static void name(char* m, size_t b, long n) { \
-    (void)m, (void)b;                                                         \
-    vector acc[kAccumulators];                                                \
-    const vector x = set(0.999f), y = set(1e-3f);                             \
-    for (int i = 0; i < kAccumulators; ++i) acc[i] = set((float)i);           \
-    for (long r = 0; r < n; ++r) {                                            \
-      for (int k = 0; k < 64; ++k) {                                          \
-        _Pragma("GCC unroll 12") for (int i = 0; i < kAccumulators; ++i) {    \
-          acc[i] = step(acc[i], x, y);                                        \
-        }                                                                     \
-        __asm__ volatile("" ::: "memory");                                    \
-      }                                                                       \
-    }                                                                         \
-    for (int i = 0; i < kAccumulators; ++i) sink += reduce(acc[i]);           \
+    (void)m, (void)b;                                                        \
+    vector acc[kAccumulators];                                               \
+    const vector x = set(0.999f), y = set(1e-3f);                            \
+    for (int i = 0; i < kAccumulators; ++i) acc[i] = set((float)i);          \
+    for (long r = 0; r < n; ++r) {                                           \
+      for (int k = 0; k < 64; ++k) {                                         \
+        _Pragma("GCC unroll 12") for (int i = 0; i < kAccumulators; ++i) {   \
+          acc[i] = step(acc[i], x, y);                                       \
+        }                                                                    \
+        __asm__ volatile("" ::: "memory");                                   \
+      }                                                                      \
+    }                                                                        \
+    for (int i = 0; i < kAccumulators; ++i) sink += reduce(acc[i]);          \
   }
 
 #define SSE_STEP(a, x, y) _mm_add_ps(_mm_mul_ps(a, x), y)

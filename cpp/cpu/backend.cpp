@@ -1,5 +1,5 @@
-// Chooses the CPU path at run time: what the processor says (CPUID), what the operating system saves
-// (XGETBV), and what the user forces (QLORA_FORCE_ISA).
+// Chooses the CPU path at run time: what the processor says (CPUID), what the operating system
+// saves (XGETBV), and what the user forces (QLORA_FORCE_ISA).
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -52,8 +52,8 @@ Features detect() {
   const Cpuid extended = cpuid(7, 0);
   const bool fma_f16c_avx = has(basic.ecx, 12) && has(basic.ecx, 29) && has(basic.ecx, 28);
   found.avx2 = (state & 0x6u) == 0x6u && fma_f16c_avx && has(extended.ebx, 5);
-  const bool f_dq_bw_vl = has(extended.ebx, 16) && has(extended.ebx, 17) &&
-                          has(extended.ebx, 30) && has(extended.ebx, 31);
+  const bool f_dq_bw_vl = has(extended.ebx, 16) && has(extended.ebx, 17) && has(extended.ebx, 30) &&
+                          has(extended.ebx, 31);
   found.avx512 = found.avx2 && (state & 0xE6u) == 0xE6u && f_dq_bw_vl;
   found.avx512bf16 = found.avx512 && has(cpuid(7, 1).eax, 5);
   return found;

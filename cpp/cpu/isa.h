@@ -16,8 +16,8 @@ extern const Backend avx512bf16_backend;
 // force_isa() names another.
 const Backend& backend();
 
-// "scalar", "avx2", "avx512" or "avx512bf16"; null or "" goes back to the widest. False, and nothing
-// changed, where the name is unknown, not built, or not run by this processor.
+// "scalar", "avx2", "avx512" or "avx512bf16"; null or "" goes back to the widest. False, and
+// nothing changed, where the name is unknown, not built, or not run by this processor.
 QLORA_EXPORT bool force_isa(const char* name);
 
 // The name of the path in use; the i-th path that could be; the i-th that was built (null past the

@@ -1,7 +1,8 @@
 // Every kernel of the CPU backend over one SIMD vocabulary V, as a Backend.
 //
 // Included by the isa_*.cpp files alone, each compiled for its own instruction set: no std::
-// container may stand in what this includes, or the linker might keep a copy that others cannot run.
+// container may stand in what this includes, or the linker might keep a copy that others cannot
+// run.
 #pragma once
 
 #include "adamw_8bit_inl.h"

@@ -292,8 +292,9 @@ struct Avx512Bf16 : Avx512 {
   // lower half, lane i of `second` in its upper half.
   static I pack_pairs(F first, F second) {
     const I halves = reinterpret_cast<I>(_mm512_cvtne2ps_pbh(second, first));
-    const I interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const I interleave =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(interleave, halves);
   }
   // sum + a.first * b.first + a.second * b.second, in fp32.

@@ -22,8 +22,8 @@ inline std::span<const std::int64_t> sizes_of(const Tensor& t) {
   return {sizes.data(), sizes.size()};
 }
 
-// An uninitialised contiguous tensor on the device of `like`. Straight to torch's allocation: the way
-// through the dispatcher (stable::new_empty) takes three times as long.
+// An uninitialised contiguous tensor on the device of `like`. Straight to torch's allocation: the
+// way through the dispatcher (stable::new_empty) takes three times as long.
 Tensor empty_on(const Tensor& like, std::span<const std::int64_t> shape, ScalarType dtype);
 
 inline Tensor empty_on(const Tensor& like, std::int64_t size, ScalarType dtype) {

@@ -12,8 +12,8 @@ namespace qlora {
 struct Context {
   using Body = void (*)(void* arg, std::int64_t begin, std::int64_t end);
 
-  // Splits [0, n) into at most `threads` ranges of at least `grain` and runs body(arg, begin, end) on
-  // each, from the caller's pool; returns when all are done.
+  // Splits [0, n) into at most `threads` ranges of at least `grain` and runs body(arg, begin, end)
+  // on each, from the caller's pool; returns when all are done.
   void (*parallel_for)(std::int64_t n, std::int64_t grain, Body body, void* arg) = nullptr;
   int threads = 1;
   void* stream = nullptr;

@@ -1,10 +1,11 @@
 // The dropout mask of the LoRA branch, a function of (seed, row, column) alone.
 //
-// The mask is never stored: the forward pass, its recomputation under gradient checkpointing and the
-// backward pass all ask this function, so every backend and every tiling must give the same bits.
-// A row's key is a 64-bit finalizer (splitmix64, Steele et al. 2014) of seed and row; an element's
-// bits are a two-multiply 32-bit finalizer of its column that takes in both halves of the key. Each
-// step is an add, xor, shift or 32-bit multiply, so it vectorizes on every instruction set.
+// The mask is never stored: the forward pass, its recomputation under gradient checkpointing and
+// the backward pass all ask this function, so every backend and every tiling must give the same
+// bits. A row's key is a 64-bit finalizer (splitmix64, Steele et al. 2014) of seed and row; an
+// element's bits are a two-multiply 32-bit finalizer of its column that takes in both halves of the
+// key. Each step is an add, xor, shift or 32-bit multiply, so it vectorizes on every instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,8 @@ QLORA_HOST_DEVICE constexpr std::uint32_t dropout_bits(DropoutRowKey key, std::u
   return x ^ (x >> 16);
 }
 
-// An element is kept when its upper 31 bits are at least this: 2^31 so that signed vector compares do.
+// An element is kept when its upper 31 bits are at least this: 2^31 so that signed vector compares
+// do.
 QLORA_HOST_DEVICE constexpr std::uint32_t dropout_threshold(float p) {
   const double scaled = static_cast<double>(p) * 2147483648.0;
   return static_cast<std::uint32_t>(scaled + 0.5);

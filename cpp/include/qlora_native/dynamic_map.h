@@ -2,8 +2,8 @@
 // Quantization", 2022, section 2.1): code -> value, ascending.
 //
 // The signed map holds the first moment of the optimizers and, in double quantization, absmax less
-// its mean; the unsigned one holds the second moment. tests/python/test_codebooks.py derives both again
-// from the definition and compares them with the package.
+// its mean; the unsigned one holds the second moment. tests/python/test_codebooks.py derives both
+// again from the definition and compares them with the package.
 #pragma once
 
 namespace qlora {

@@ -1,8 +1,8 @@
 // A 4-bit format as a value: what a code means, and which code a value gets.
 //
-// Kernels take the format as a parameter, so a new format is one more constant here. Values by code:
-// NF4 from QLoRA (Dettmers et al., 2023, appendix E), FP4 as bitsandbytes has it (code 8 is -0).
-// Encoding is "nearest" by the fp32 midpoints of the ascending values, a tie to the lower one:
+// Kernels take the format as a parameter, so a new format is one more constant here. Values by
+// code: NF4 from QLoRA (Dettmers et al., 2023, appendix E), FP4 as bitsandbytes has it (code 8 is
+// -0). Encoding is "nearest" by the fp32 midpoints of the ascending values, a tie to the lower one:
 // code = order[number of midpoints that are < x].
 #pragma once
 
@@ -15,10 +15,10 @@ enum class FormatTag : std::uint8_t { nf4, fp4 };
 
 struct Format {
   FormatTag tag;
-  std::uint8_t zero_code;   // of an all-zero block and of the odd tail's padding
-  float values[16];         // by code
-  std::uint8_t order[16];   // codes by ascending value
-  float midpoints[15];      // between neighbours in that order
+  std::uint8_t zero_code;  // of an all-zero block and of the odd tail's padding
+  float values[16];        // by code
+  std::uint8_t order[16];  // codes by ascending value
+  float midpoints[15];     // between neighbours in that order
 };
 
 constexpr Format make_format(FormatTag tag, std::uint8_t zero_code, const float (&values)[16],
@@ -43,12 +43,12 @@ inline constexpr Format kNf4 = make_format(
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
 
 // The two zeros stand side by side in the order (0, then 8), so a tiny positive value gets code 8.
-inline constexpr Format kFp4 = make_format(
-    FormatTag::fp4, 0,
-    {0.0f, 0.0052083334885537624f, 0.6666666865348816f, 1.0f, 0.3333333432674408f, 0.5f,
-     0.1666666716337204f, 0.25f, 0.0f, -0.0052083334885537624f, -0.6666666865348816f, -1.0f,
-     -0.3333333432674408f, -0.5f, -0.1666666716337204f, -0.25f},
-    {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3});
+inline constexpr Format kFp4 =
+    make_format(FormatTag::fp4, 0,
+                {0.0f, 0.0052083334885537624f, 0.6666666865348816f, 1.0f, 0.3333333432674408f, 0.5f,
+                 0.1666666716337204f, 0.25f, 0.0f, -0.0052083334885537624f, -0.6666666865348816f,
+                 -1.0f, -0.3333333432674408f, -0.5f, -0.1666666716337204f, -0.25f},
+                {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3});
 
 inline constexpr const char* kFormatNames = "'nf4', 'fp4'";
 

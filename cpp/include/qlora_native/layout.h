@@ -1,8 +1,8 @@
 // Where a value of a quantized matrix lies: bitsandbytes' layout, read in place.
 //
 // A matrix [rows, cols] is flattened row-major. Two codes share a byte, the first value in the HIGH
-// nibble; an odd tail is padded with the code of zero. Blocks of `blocksize` consecutive values share
-// one scale; a block need not end where a row ends.
+// nibble; an odd tail is padded with the code of zero. Blocks of `blocksize` consecutive values
+// share one scale; a block need not end where a row ends.
 #pragma once
 
 #include <cstdint>
