@@ -49,7 +49,7 @@ struct MomentBlock {
   alignas(64) float values[kOptimizerBlocksize];
   F largest = V::zero();  // magnitude, by lane
 
-  void put(std::int64_t i, F value) {
+  [[gnu::always_inline]] void put(std::int64_t i, F value) {
     V::store(values + i, value);
     largest = V::max_magnitude(largest, value);
   }
@@ -83,7 +83,8 @@ void adamw_8bit_block(const Adamw8bitTensor& t, const AdamwUpdate<V>& update, st
   const F v_absmax = V::set1(t.exp_avg_sq_absmax[block]);
 
   MomentBlock<V> m_block, v_block;
-  const auto update_values = [&](std::int64_t i, F raw_grad, F p, auto m_code, auto v_code) {
+  const auto update_values = [&](std::int64_t i, F raw_grad, F p, auto m_code,
+                                 auto v_code) __attribute__((always_inline)) {
     const F g = update.gradient(raw_grad);
     const F m_old = V::mul(decode_8bit<V>(kSignedCodes, m_code), m_absmax);
     const F v_old = V::mul(decode_8bit<V>(kUnsignedCodes, v_code), v_absmax);

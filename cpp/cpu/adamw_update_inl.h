@@ -40,20 +40,20 @@ class AdamwUpdate {
         inv_sqrt_correction2_(splat(1.0 / std::sqrt(correction(h.beta2, h.step)))),
         eps_(splat(h.eps)) {}
 
-  [[nodiscard]] F gradient(F grad) const {
+  [[nodiscard, gnu::always_inline]] F gradient(F grad) const {
     if (scaled_) grad = V::div(grad, grad_scale_);
     return maximize_ ? V::sub(V::zero(), grad) : grad;
   }
 
-  [[nodiscard]] F first_moment(F m, F g) const {
+  [[nodiscard, gnu::always_inline]] F first_moment(F m, F g) const {
     return V::add(V::mul(beta1_, m), V::mul(one_minus_beta1_, g));
   }
 
-  [[nodiscard]] F second_moment(F v, F g) const {
+  [[nodiscard, gnu::always_inline]] F second_moment(F v, F g) const {
     return V::add(V::mul(beta2_, v), V::mul(V::mul(one_minus_beta2_, g), g));
   }
 
-  [[nodiscard]] F param(F p, F m, F v) const {
+  [[nodiscard, gnu::always_inline]] F param(F p, F m, F v) const {
     const F denominator = V::add(V::mul(V::sqrt(v), inv_sqrt_correction2_), eps_);
     return V::sub(V::mul(p, decay_), V::mul(step_size_, V::div(m, denominator)));
   }

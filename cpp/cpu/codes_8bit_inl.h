@@ -79,7 +79,8 @@ const DynamicCodes& dynamic_codes(bool is_signed) {
 // kWidth codes, one to a 32-bit lane (V::store_bytes writes them). x is a value over its block's
 // absmax: outside [-1, 1] it counts as the nearer end, and NaN as -1.
 template <class V>
-typename V::I encode_8bit(const DynamicCodes& codes, typename V::F x) {
+[[gnu::always_inline]] inline typename V::I encode_8bit(const DynamicCodes& codes,
+                                                        typename V::F x) {
   using I = typename V::I;
   x = V::min(V::max(x, V::set1(-1.0f)), V::set1(1.0f));
   const I bits = V::bits(x);
@@ -93,7 +94,8 @@ typename V::I encode_8bit(const DynamicCodes& codes, typename V::F x) {
 
 // The values of kWidth codes.
 template <class V>
-typename V::F decode_8bit(const DynamicCodes& codes, typename V::I code) {
+[[gnu::always_inline]] inline typename V::F decode_8bit(const DynamicCodes& codes,
+                                                        typename V::I code) {
   return V::gather(codes.values, code);
 }
 
