@@ -55,6 +55,10 @@ struct Range {
   }
 };
 
+[[gnu::always_inline]] inline std::int64_t least(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+
 template <class V>
 class GemmRun {
  public:
@@ -121,14 +125,19 @@ class GemmRun {
     const std::int64_t n_rows = rows.end - rows.begin;
     const std::int64_t tile_rows = ceil_div(n_rows, ceil_div(n_rows, kMaxRows));
     for (std::int64_t i = 0; i < n_rows; i += tile_rows) {
-      const std::int64_t height = n_rows - i < tile_rows ? n_rows - i : tile_rows;
+      const std::int64_t height = least(tile_rows, n_rows - i);
       if constexpr (kPairs) {
         pack_operand_pairs<V>(operand, rows.begin + i, height, depth_begin, depth, operand_);
       } else {
         pack_operand<V>(operand, rows.begin + i, height, depth_begin, depth, operand_);
       }
-      const float* panel = panels_;
-      for (std::int64_t c = 0; c < n_cols; c += Gemm<V>::kPanelCols, panel += Gemm<V>::kPanelSize) {
+      const std::int64_t next = i + height, next_height = least(tile_rows, n_rows - next);
+      const std::int64_t n_panels = ceil_div(n_cols, Gemm<V>::kPanelCols);
+      for (std::int64_t j = 0; j < n_panels; ++j) {
+        prefetch_operand<V>(operand, rows.begin + next, next_height, depth_begin, depth, j,
+                            n_panels);
+        const float* panel = panels_ + j * Gemm<V>::kPanelSize;
+        const std::int64_t c = j * Gemm<V>::kPanelCols;
         float* block = block_ + i * Gemm<V>::kCols + c;
         if (n_cols - c > V::kWidth) {
           gemm_tile_rows<V, kProduct, 2>(height, steps, operand_, panel, block, Gemm<V>::kCols,
@@ -196,7 +205,6 @@ GemmGrid gemm_grid(std::int64_t m, std::int64_t n, std::int64_t depth, int threa
   if (threads <= 1 || m * n * depth < kLeastWork) return {};
   const std::int64_t row_tiles = ceil_div(m, Gemm<V>::kRows);
   const std::int64_t panels = ceil_div(n, Gemm<V>::kPanelCols);
-  const auto least = [](std::int64_t a, std::int64_t b) { return a < b ? a : b; };
   GemmGrid grid;
   // A tall C of few columns (u = x A^T) is cut by rows, for the operand is what costs there.
   if (n * 4 < m) {

@@ -5,6 +5,9 @@
 // the tile broadcasts, so a row may stay a row. fp32 rows are copied too, for rows a power of two
 // apart would all fall on the same few cache sets; a block (at most 14 rows of 384) is copied once
 // for each kCols columns of C, about 1 % of the multiplications' time.
+//
+// Rows come from the last-level cache or from memory, each from a page of its own: without the
+// prefetching below, copying cost 15 % of a 512 x 4096 x 4096 product (Zen 4, fp32), not 1 %.
 #pragma once
 
 #include <cstdint>
@@ -75,6 +78,22 @@ void pack_operand_pairs(const Operand& operand, std::int64_t row, std::int64_t r
     const auto bytes = static_cast<std::size_t>(depth) * sizeof(BFloat16);
     std::memcpy(to, from, bytes);
     if (depth % 2 != 0) std::memset(to + bytes, 0, sizeof(BFloat16));
+  }
+}
+
+// Asks for part `part` of `n_parts` of what the packing of these rows will read.
+template <class V>
+[[gnu::always_inline]] inline void prefetch_operand(const Operand& operand, std::int64_t row,
+                                                    std::int64_t rows, std::int64_t depth_begin,
+                                                    std::int64_t depth, std::int64_t part,
+                                                    std::int64_t n_parts) {
+  constexpr std::int64_t kCacheLine = 64;
+  if (operand.depth_stride != 1) return;
+  const std::int64_t size = size_of(operand.dtype);
+  for (std::int64_t i = rows * part / n_parts; i < rows * (part + 1) / n_parts; ++i) {
+    const char* from = static_cast<const char*>(operand.data) +
+                       ((row + i) * operand.row_stride + depth_begin) * size;
+    for (std::int64_t at = 0; at < depth * size; at += kCacheLine) V::prefetch_far(from + at);
   }
 }
 

@@ -1,13 +1,10 @@
-// Panels of a 4-bit weight whose rows are whole vectors of codes: K a multiple of 16.
-//
-// Both directions read the checkpoint's layout in place. Scales change only at multiples of
-// scale_run(weight) within a row, a power of two of at least 16, whatever K and the block size are.
+// Panels of a 4-bit weight whose rows are whole vectors of codes (whole_rows_inl.h), read in place.
 //
 // Forward (P = W^T): the panel's lanes are rows of W. Codes and not floats are transposed: a 32-bit
 // word is 8 codes of one row, so kWidth words from each of kWidth rows take log2(kWidth) shuffles a
 // word, that is kWidth * 8 vectors of values for 4 * kWidth shuffles (AVX-512). Word j of all rows
 // then gives 8 depths by a shift, a look-up and a multiplication with the vector of the rows'
-// scales each. Transposing the floats instead took twice the shuffles that the look-ups take.
+// scales each. Transposing the floats instead takes twice the shuffles that the look-ups take.
 //
 // Input gradient (P = W): the panel's lanes are neighbours in a row of W: the table is scaled once
 // for a run of the block, and each vector is an unpacking, a look-up and a store.
@@ -15,28 +12,19 @@
 
 #include <cstdint>
 
-#include "decode_inl.h"
 #include "gemm_tile_inl.h"
 #include "qlora_native/layout.h"
+#include "whole_rows_inl.h"
 
 namespace qlora::cpu {
 
-inline constexpr std::int64_t kCodesPerWord = 8;
-inline constexpr std::int64_t kMinScaleRun = 16;
-inline constexpr std::int64_t kMaxScaleRun = 128;
-
-template <class Weight>
-bool rows_are_whole_vectors(const Weight& weight) {
-  return weight.cols % kMinScaleRun == 0;
-}
-
-// The length of the aligned runs of a row that have one scale: the power of two that divides both K
-// and the block size, at most kMaxScaleRun (which divides every depth that a block starts at).
-template <class Weight>
-std::int64_t scale_run(const Weight& weight) {
-  const std::int64_t both = weight.cols | weight.blocksize | kMaxScaleRun;
-  return both & -both;
-}
+// The part of P that one packing takes.
+struct PanelBlock {
+  std::int64_t depth_begin;
+  std::int64_t depth;
+  std::int64_t col_begin;
+  std::int64_t cols;
+};
 
 // The 8 depths of one word per row, as fp32 or as 4 pairs of bf16.
 template <class V, Product kProduct>
@@ -63,27 +51,25 @@ void store_word_columns(typename V::I words, const typename V::Table& table, typ
   byte.template operator()<3>();
 }
 
-// kWidth columns of P^T = rows of W from `row` on, depths depth_begin.. of them, into a panel's
-// lanes.
+// Rows row.. of W, kWidth of them, depths depth_begin.. of each, into the lanes of a panel.
 template <class V, Product kProduct>
-void pack_weight_lanes(const Weight4bit& weight, std::int64_t row, std::int64_t depth_begin,
+void pack_weight_lanes(const WholeRows<V>& rows, std::int64_t row, std::int64_t depth_begin,
                        std::int64_t depth, float* to) {
   constexpr int kWidth = V::kWidth;
-  constexpr std::int64_t kDepthPerWord =
-      (kProduct == Product::bf16_pairs ? kCodesPerWord / 2 : kCodesPerWord) * Gemm<V>::kPanelCols;
-  constexpr std::int64_t kMaxDepth = 2 * Gemm<V>::kSteps;
-  const std::int64_t run = scale_run(weight);
+  constexpr std::int64_t kStepsPerWord =
+      kProduct == Product::bf16_pairs ? kCodesPerWord / 2 : kCodesPerWord;
+  constexpr std::int64_t kMaxRuns = 2 * Gemm<V>::kSteps / WholeRows<V>::kMinRun;
   const std::uint8_t* codes[kWidth];
-  float scales[kMaxDepth / kMinScaleRun * kWidth];  // [run of depth][row]
+  float scales[kMaxRuns][kWidth];
+  const std::int64_t n_runs = ceil_div(depth, std::int64_t{1} << rows.run_shift);
   for (int i = 0; i < kWidth; ++i) {
-    const std::int64_t safe_row = row + i < weight.rows ? row + i : weight.rows - 1;
-    const std::int64_t first = safe_row * weight.cols + depth_begin;
-    codes[i] = weight.packed + first / 2;
-    for (std::int64_t d = 0; d < depth; d += run) {
-      scales[d / run * kWidth + i] = block_scale<V>(weight.scales, (first + d) / weight.blocksize);
-    }
+    // Lanes past the last row repeat it; their columns of C are never written out.
+    const std::int64_t safe_row = row + i < rows.weight.rows ? row + i : rows.weight.rows - 1;
+    codes[i] = rows.codes(safe_row, depth_begin);
+    float row_scales[kMaxRuns + kWidth];
+    rows.scales(safe_row, depth_begin, depth, row_scales);
+    for (std::int64_t j = 0; j < n_runs; ++j) scales[j][i] = row_scales[j];
   }
-  const auto table = V::table(weight.format.values);
   const std::int64_t n_words = depth / kCodesPerWord;
   for (std::int64_t word = 0; word < n_words; word += kWidth) {
     const std::int64_t n = n_words - word < kWidth ? n_words - word : kWidth;
@@ -94,62 +80,68 @@ void pack_weight_lanes(const Weight4bit& weight, std::int64_t row, std::int64_t 
     }
     V::transpose(words);
     for (std::int64_t j = 0; j < n; ++j) {
-      const auto scale = V::load(scales + (word + j) * kCodesPerWord / run * kWidth);
-      store_word_columns<V, kProduct>(words[j], table, scale, to + (word + j) * kDepthPerWord);
+      const auto scale = V::load(scales[(word + j) * kCodesPerWord >> rows.run_shift]);
+      store_word_columns<V, kProduct>(words[j], rows.table, scale,
+                                      to + (word + j) * kStepsPerWord * Gemm<V>::kPanelCols);
     }
   }
 }
 
 template <class V, Product kProduct>
-void pack_weight_columns(const Weight4bit& weight, std::int64_t depth_begin, std::int64_t depth,
-                         std::int64_t col_begin, std::int64_t cols, float* panels) {
-  for (std::int64_t c = 0; c < cols; c += Gemm<V>::kPanelCols, panels += Gemm<V>::kPanelSize) {
+void pack_weight_columns(const Weight4bit& weight, const PanelBlock& block, float* panels) {
+  const WholeRows<V> rows(weight);
+  for (std::int64_t c = 0; c < block.cols; c += Gemm<V>::kPanelCols) {
     for (int j = 0; j < Gemm<V>::kVecs; ++j) {
-      pack_weight_lanes<V, kProduct>(weight, col_begin + c + j * V::kWidth, depth_begin, depth,
-                                     panels + j * V::kWidth);
+      pack_weight_lanes<V, kProduct>(rows, block.col_begin + c + j * V::kWidth, block.depth_begin,
+                                     block.depth, panels + j * V::kWidth);
     }
+    panels += Gemm<V>::kPanelSize;
   }
 }
 
-// Rows of W are depths of P.
+// Rows of W are depths of P; a pair is two neighbouring rows.
 template <class V, Product kProduct>
-void pack_weight_rows(const Weight4bit& weight, std::int64_t depth_begin, std::int64_t depth,
-                      std::int64_t col_begin, std::int64_t cols, float* panels) {
+void pack_weight_rows(const Weight4bit& weight, const PanelBlock& block, float* panels) {
   constexpr std::int64_t kCols = Gemm<V>::kPanelCols;
-  constexpr bool kPairs = kProduct == Product::bf16_pairs;
-  constexpr std::int64_t kDepths = kPairs ? 2 : 1;
-  const std::int64_t run = scale_run(weight);
-  const auto values = V::table(weight.format.values);
-  const auto padded_cols = ceil_div(cols, kCols) * kCols;
-  for (std::int64_t d = 0; d < depth; d += kDepths) {
-    const std::int64_t first = (depth_begin + d) * weight.cols + col_begin;
-    // A last, lone depth of a pair is paired with itself at a scale of 0.
-    const bool has_second = d + 1 < depth;
-    const std::int64_t second = has_second ? first + weight.cols : first;
-    float* step = panels + d / kDepths * kCols;
+  constexpr int kDepths = kProduct == Product::bf16_pairs ? 2 : 1;
+  constexpr std::int64_t kMaxRuns = Gemm<V>::kCols / WholeRows<V>::kMinRun + 1;
+  const WholeRows<V> rows(weight);
+  const std::int64_t first_run = block.col_begin >> rows.run_shift;
+  const std::int64_t runs_begin = (first_run << rows.run_shift) - block.col_begin;  // 0 or less
+  const auto place = [&](std::int64_t d, std::int64_t c) {
+    return panels + c / kCols * Gemm<V>::kPanelSize + d / kDepths * kCols + c % kCols;
+  };
+  for (std::int64_t d = 0; d < block.depth; d += kDepths) {
+    float scales[kDepths][kMaxRuns + V::kWidth] = {};
+    const std::uint8_t* codes[kDepths];
+    for (int i = 0; i < kDepths; ++i) {
+      // A last, lone depth is paired with itself at a scale of 0.
+      const bool there = d + i < block.depth;
+      const std::int64_t row = block.depth_begin + d + (there ? i : 0);
+      codes[i] = rows.codes(row, block.col_begin);
+      if (there) {
+        rows.scales(row, first_run << rows.run_shift, block.cols - runs_begin, scales[i]);
+      }
+    }
     std::int64_t c = 0;
-    while (c < cols) {
-      const std::int64_t run_end = ((col_begin + c) / run + 1) * run - col_begin;
-      const std::int64_t stop = run_end < cols ? run_end : cols;
-      const auto table = block_table<V>(weight, (first + c) / weight.blocksize);
-      const auto table_2 = !has_second ? V::scaled(values, 0.0f)
-                           : kPairs    ? block_table<V>(weight, (second + c) / weight.blocksize)
-                                       : table;
-      for (; c < stop; c += V::kWidth) {
-        float* to = step + c / kCols * Gemm<V>::kPanelSize + c % kCols;
-        const auto value = V::lookup(table, V::unpack_codes(weight.packed + (first + c) / 2));
-        if constexpr (kPairs) {
-          const auto value_2 =
-              V::lookup(table_2, V::unpack_codes(weight.packed + (second + c) / 2));
-          V::store_int(to, V::pack_pairs(value, value_2));
-        } else {
-          V::store(to, value);
+    for (std::int64_t run = 0; c < block.cols; ++run) {
+      const std::int64_t run_end = runs_begin + ((run + 1) << rows.run_shift);
+      const std::int64_t stop = run_end < block.cols ? run_end : block.cols;
+      const auto table = V::scaled(rows.table, scales[0][run]);
+      if constexpr (kProduct == Product::bf16_pairs) {
+        const auto table_2 = V::scaled(rows.table, scales[1][run]);
+        for (; c < stop; c += V::kWidth) {
+          V::store_int(place(d, c),
+                       V::pack_pairs(V::lookup(table, V::unpack_codes(codes[0] + c / 2)),
+                                     V::lookup(table_2, V::unpack_codes(codes[1] + c / 2))));
+        }
+      } else {
+        for (; c < stop; c += V::kWidth) {
+          V::store(place(d, c), V::lookup(table, V::unpack_codes(codes[0] + c / 2)));
         }
       }
     }
-    for (; c < padded_cols; c += V::kWidth) {
-      V::store(step + c / kCols * Gemm<V>::kPanelSize + c % kCols, V::zero());
-    }
+    for (; c % kCols != 0; c += V::kWidth) V::store(place(d, c), V::zero());
   }
 }
 

@@ -29,14 +29,6 @@ struct Source {
   Dropout dropout = {};  // of a dense matrix; the gain is applied
 };
 
-// The part of P that one packing takes.
-struct PanelBlock {
-  std::int64_t depth_begin;
-  std::int64_t depth;
-  std::int64_t col_begin;
-  std::int64_t cols;
-};
-
 // out[0..count) = row `row` of the source's matrix from element `first` on.
 template <class V>
 void read_row(const Source& source, std::int64_t row, std::int64_t first, std::int64_t count,
@@ -92,13 +84,9 @@ void pack_columns(const Source& source, const PanelBlock& block, float* panels) 
 // are made of 4-bit weights of whole vectors only (see product_of).
 template <class V, Product kProduct>
 void pack_panels(const Source& source, const PanelBlock& block, float* panels) {
-  if (source.weight != nullptr && rows_are_whole_vectors(*source.weight)) {
-    const Weight4bit& weight = *source.weight;
-    return source.transposed
-               ? pack_weight_columns<V, kProduct>(weight, block.depth_begin, block.depth,
-                                                  block.col_begin, block.cols, panels)
-               : pack_weight_rows<V, kProduct>(weight, block.depth_begin, block.depth,
-                                               block.col_begin, block.cols, panels);
+  if (source.weight != nullptr && WholeRows<V>::fits(*source.weight)) {
+    return source.transposed ? pack_weight_columns<V, kProduct>(*source.weight, block, panels)
+                             : pack_weight_rows<V, kProduct>(*source.weight, block, panels);
   }
   if constexpr (kProduct == Product::fp32) {
     source.transposed ? pack_columns<V>(source, block, panels)

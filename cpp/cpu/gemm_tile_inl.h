@@ -65,6 +65,9 @@ template <class V, Product kProduct, int kRows, int kVecs>
 void gemm_tile(std::int64_t steps, const float* a, const float* panel, float* c,
                std::int64_t c_stride, bool accumulate) {
   constexpr std::int64_t kRun = kVecs == 1 ? Gemm<V>::kSlimRunSteps : Gemm<V>::kRunSteps;
+  for (int i = 0; accumulate && i < kRows; ++i) {
+    for (int j = 0; j < kVecs; ++j) V::prefetch(c + i * c_stride + j * V::kWidth);
+  }
   for (std::int64_t s = 0; s < steps; s += kRun) {
     typename V::F sum[kRows][kVecs];
     sum_run<V, kProduct>(steps - s < kRun ? steps - s : kRun, a + s,

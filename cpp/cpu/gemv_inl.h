@@ -17,16 +17,17 @@
 #include "decode_inl.h"
 #include "dropout_inl.h"
 #include "dtype_dispatch.h"
-#include "gemm_panels_4bit_inl.h"
 #include "parallel.h"
 #include "qlora_native/layout.h"
 #include "qlora_native/params.h"
+#include "whole_rows_inl.h"
 #include "workspace.h"
 
 namespace qlora::cpu {
 
 // Above it packing panels pays.
 inline constexpr std::int64_t kGemvMaxRows = 4;
+inline constexpr std::int64_t kMaxRowsOfW = 4;
 
 struct GemvLora {
   const Lora* lora = nullptr;  // null: no branch
@@ -41,16 +42,17 @@ struct GemvLayout {
   explicit GemvLayout(const LinearParams& p, const GemvLora& branch)
       : k_padded(ceil_div(p.weight.cols, kChunk) * kChunk),
         r_padded(branch.lora == nullptr ? 0 : ceil_div(branch.lora->r, V::kWidth) * V::kWidth),
-        // Scales of a row and what pick() reads past them; or a row of decoded values.
-        per_thread(k_padded + V::kWidth),
+        row_floats(k_padded + 2 * V::kWidth),
         x_size(p.m * k_padded),
         u_size(p.m * r_padded) {}
 
   [[nodiscard]] std::int64_t floats(int threads) const {
-    return 2 * x_size + u_size + threads * per_thread;
+    return 2 * x_size + u_size + threads * kMaxRowsOfW * row_floats;
   }
 
-  std::int64_t k_padded, r_padded, per_thread, x_size, u_size;
+  std::int64_t k_padded, r_padded;
+  std::int64_t row_floats;  // a row's scales and what pick() reads past them, or its decoded values
+  std::int64_t x_size, u_size;
 };
 
 // sum[m] += row . x[m] for a row of `count` dense values and rows of x `x_stride` apart.
@@ -63,53 +65,104 @@ void dot_dense(const T* row, std::int64_t count, const float* x, std::int64_t x_
   }
 }
 
-// sum[m] += row `n` of the weight . x[m], with x as permute_x leaves it.
-template <class V, int kM>
-void dot_4bit(const Weight4bit& weight, std::int64_t n, const float* x, float* scales,
-              typename V::F (&sum)[kM]) {
-  using F = typename V::F;
+// One step: code kShift / 4 of every word, with the values of x that belong to it.
+template <class V, int kStep, int kShift, int kM, int kN>
+[[gnu::always_inline]] inline void dot_step(const typename V::Table& table,
+                                            const typename V::I (&words)[kN], const float* x,
+                                            typename V::F (&part)[kN][kM]) {
+  typename V::F w[kN];
+#pragma GCC unroll 4
+  for (int i = 0; i < kN; ++i) w[i] = V::lookup(table, V::template shift_right<kShift>(words[i]));
+#pragma GCC unroll 4
+  for (int m = 0; m < kM; ++m) {
+    const auto right = V::load(x + m * GemvLayout<V>::kChunk + kStep * V::kWidth);
+#pragma GCC unroll 4
+    for (int i = 0; i < kN; ++i) {
+      part[i][m] = kStep == 0 ? V::mul(w[i], right) : V::fma(w[i], right, part[i][m]);
+    }
+  }
+}
+
+// A vector of words of each of kN rows of W: eight steps, then the scales.
+template <class V, int kM, int kN>
+[[gnu::always_inline]] inline void dot_words(const typename V::Table& table,
+                                             const typename V::I (&words)[kN], const float* x,
+                                             const float* scales, std::int64_t scales_stride,
+                                             typename V::I run_of_lane,
+                                             typename V::F (&sum)[kN][kM]) {
+  typename V::F part[kN][kM];
+  dot_step<V, 0, 4>(table, words, x, part);
+  dot_step<V, 1, 0>(table, words, x, part);
+  dot_step<V, 2, 12>(table, words, x, part);
+  dot_step<V, 3, 8>(table, words, x, part);
+  dot_step<V, 4, 20>(table, words, x, part);
+  dot_step<V, 5, 16>(table, words, x, part);
+  dot_step<V, 6, 28>(table, words, x, part);
+  dot_step<V, 7, 24>(table, words, x, part);
+#pragma GCC unroll 4
+  for (int i = 0; i < kN; ++i) {
+    const auto scale = V::pick(scales + i * scales_stride, run_of_lane);
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) sum[i][m] = V::fma(part[i][m], scale, sum[i][m]);
+  }
+}
+
+// sum[i][m] = row n + i of the weight . x[m], with x in the order of GemvRun::place. The rows'
+// scales go to `scales`, `scales_stride` apart.
+template <class V, int kM, int kN>
+[[gnu::always_inline]] inline void dot_4bit(const WholeRows<V>& rows, std::int64_t n,
+                                            const float* x, float* scales,
+                                            std::int64_t scales_stride,
+                                            typename V::F (&sum)[kN][kM]) {
   using I = typename V::I;
   constexpr std::int64_t kChunk = GemvLayout<V>::kChunk;
-  const std::int64_t k = weight.cols, run = scale_run(weight);
-  for (std::int64_t i = 0; i < k / run; ++i) {
-    scales[i] = block_scale<V>(weight.scales, (n * k + i * run) / weight.blocksize);
+  const std::int64_t k = rows.weight.cols;
+  const int run_shift = rows.run_shift;
+  const std::uint8_t* codes[kN];
+  for (int i = 0; i < kN; ++i) {
+    float* row_scales = scales + i * scales_stride;
+    rows.scales(n + i, 0, k, row_scales);
+    V::store(row_scales + (k >> run_shift), V::zero());
+    codes[i] = rows.codes(n + i, 0);
+    for (auto& s : sum[i]) s = V::zero();
   }
-  for (int i = 0; i < V::kWidth; ++i) scales[k / run + i] = 0.0f;
-  std::int32_t lane_scale[V::kWidth];
-  for (int i = 0; i < V::kWidth; ++i) {
-    lane_scale[i] = static_cast<std::int32_t>(i * kCodesPerWord / run);
-  }
-  const I scale_of_lane = V::load_int(lane_scale);
-  const auto table = V::table(weight.format.values);
-  const std::uint8_t* codes = weight.packed + n * k / 2;
-
-  const auto chunk = [&](I words, std::int64_t first) {
-    const F scale = V::pick(scales + first / run, scale_of_lane);
-    const float* at = x + first * kM;
-    F part[kM];
-    const auto step = [&]<int kStep, int kShift>() {
-      const F w = V::lookup(table, V::template shift_right<kShift>(words));
-#pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m) {
-        const F right = V::load(at + m * kChunk + kStep * V::kWidth);
-        part[m] = kStep == 0 ? V::mul(w, right) : V::fma(w, right, part[m]);
-      }
-    };
-    step.template operator()<0, 4>();
-    step.template operator()<1, 0>();
-    step.template operator()<2, 12>();
-    step.template operator()<3, 8>();
-    step.template operator()<4, 20>();
-    step.template operator()<5, 16>();
-    step.template operator()<6, 28>();
-    step.template operator()<7, 24>();
-#pragma GCC unroll 8
-    for (int m = 0; m < kM; ++m) sum[m] = V::fma(part[m], scale, sum[m]);
-  };
+  const I run_of_lane = V::load_int(rows.run_of_word);
+  const auto table = rows.table;
+  const std::int64_t ahead = kN * (k >> 1);  // the same place of the rows that come next
+  I words[kN];
   std::int64_t first = 0;
-  for (; first + kChunk <= k; first += kChunk) chunk(V::load_int(codes + first / 2), first);
-  if (first < k) chunk(V::load_int_n(codes + first / 2, (k - first) / kCodesPerWord), first);
+  for (; first + kChunk <= k; first += kChunk) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kN; ++i) {
+      words[i] = V::load_int(codes[i] + (first >> 1));
+      V::prefetch(codes[i] + (first >> 1) + ahead);
+    }
+    dot_words<V>(table, words, x + first * kM, scales + (first >> run_shift), scales_stride,
+                 run_of_lane, sum);
+  }
+  if (first < k) {
+    for (int i = 0; i < kN; ++i) {
+      words[i] = V::load_int_n(codes[i] + (first >> 1), (k - first) / kCodesPerWord);
+    }
+    dot_words<V>(table, words, x + first * kM, scales + (first >> run_shift), scales_stride,
+                 run_of_lane, sum);
+  }
 }
+
+// How many rows of W go by together: each value of x that is loaded serves them all. As many as the
+// registers hold: kN * kM sums twice over (a word's and the row's), kN words, kN values.
+template <int kWidth, int kM>
+inline constexpr int kGemvRowsOfW = 1;
+template <>
+inline constexpr int kGemvRowsOfW<16, 1> = 2;
+template <>
+inline constexpr int kGemvRowsOfW<16, 2> = 4;
+template <>
+inline constexpr int kGemvRowsOfW<16, 3> = 3;
+template <>
+inline constexpr int kGemvRowsOfW<16, 4> = 3;
+template <>
+inline constexpr int kGemvRowsOfW<8, 1> = 2;
 
 // A call with its number of rows known.
 template <class V, int kM>
@@ -119,7 +172,8 @@ class GemvRun {
       : p_(p),
         branch_(branch),
         layout_(p, branch),
-        whole_(rows_are_whole_vectors(p.weight)),
+        rows_(p.weight),
+        whole_(WholeRows<V>::fits(p.weight)),
         x_(scratch),
         x_dropped_(x_ + layout_.x_size),
         u_scaled_(x_dropped_ + layout_.x_size),
@@ -131,15 +185,17 @@ class GemvRun {
     const std::int64_t n = p_.weight.rows;
     const std::int64_t parts = n < context.threads ? n : context.threads;
     parallel_parts(context, parts, [&](std::int64_t part) {
-      float* own = per_thread_ + part * layout_.per_thread;
-      for (std::int64_t row = n * part / parts; row < n * (part + 1) / parts; ++row) {
-        compute_row(row, own);
-      }
+      float* own = per_thread_ + part * kMaxRowsOfW * layout_.row_floats;
+      std::int64_t row = n * part / parts;
+      const std::int64_t end = n * (part + 1) / parts;
+      for (; row + kRowsOfW <= end; row += kRowsOfW) compute_rows<kRowsOfW>(row, own);
+      for (; row < end; ++row) compute_rows<1>(row, own);
     });
   }
 
  private:
   static constexpr std::int64_t kChunk = GemvLayout<V>::kChunk;
+  static constexpr int kRowsOfW = kGemvRowsOfW<V::kWidth, kM>;
 
   // Where x[m][k] lies: [chunk][m][step][lane] for whole rows of codes, else row-major.
   std::int64_t place(std::int64_t m, std::int64_t k) const {
@@ -190,16 +246,24 @@ class GemvRun {
     });
   }
 
-  void compute_row(std::int64_t n, float* own) {
-    const Weight4bit& weight = p_.weight;
-    typename V::F sum[kM];
-    for (auto& s : sum) s = V::zero();
+  // Rows n.. of W, kN of them: a column of out each.
+  template <int kN>
+  void compute_rows(std::int64_t n, float* own) {
+    typename V::F sum[kN][kM];
     if (whole_) {
-      dot_4bit<V, kM>(weight, n, x_, own, sum);
+      dot_4bit<V>(rows_, n, x_, own, layout_.row_floats, sum);
     } else {
-      decode_run<V>(weight, n * weight.cols, weight.cols, own);
-      dot_dense<V, kM>(own, weight.cols, x_, layout_.k_padded, sum);
+      const std::int64_t k = p_.weight.cols;
+      for (int i = 0; i < kN; ++i) {
+        decode_run<V>(p_.weight, (n + i) * k, k, own);
+        for (auto& s : sum[i]) s = V::zero();
+        dot_dense<V, kM>(own, k, x_, layout_.k_padded, sum[i]);
+      }
     }
+    for (int i = 0; i < kN; ++i) finish_row(n + i, sum[i]);
+  }
+
+  void finish_row(std::int64_t n, typename V::F (&sum)[kM]) {
     if (branch_.lora != nullptr) {
       const std::int64_t r = branch_.lora->r;
       dispatch_dtype(branch_.lora->dtype, [&]<class T>() {
@@ -209,8 +273,9 @@ class GemvRun {
     }
     dispatch_dtype(p_.dtype, [&]<class T>() {
       const float bias = p_.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p_.bias)[n]);
+      T* out = static_cast<T*>(p_.out) + n;
       for (int m = 0; m < kM; ++m) {
-        static_cast<T*>(p_.out)[m * weight.rows + n] = from_float<T>(V::reduce_add(sum[m]) + bias);
+        out[m * p_.weight.rows] = from_float<T>(V::reduce_add(sum[m]) + bias);
       }
     });
   }
@@ -218,6 +283,7 @@ class GemvRun {
   const LinearParams& p_;
   const GemvLora& branch_;
   const GemvLayout<V> layout_;
+  const WholeRows<V> rows_;  // where whole_
   const bool whole_;
   float* x_;
   float* x_dropped_;  // [M][k_padded], the LoRA branch's

@@ -25,7 +25,7 @@ Operand rows_of(DType dtype, const void* data, std::int64_t row_stride) {
 // fp32.
 template <class V>
 Product product_of(const Weight4bit& weight, DType dtype) {
-  const bool pairs = V::kHasBf16Pairs && dtype == DType::bfloat16 && rows_are_whole_vectors(weight);
+  const bool pairs = V::kHasBf16Pairs && dtype == DType::bfloat16 && WholeRows<V>::fits(weight);
   return pairs ? Product::bf16_pairs : Product::fp32;
 }
 

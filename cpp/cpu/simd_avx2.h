@@ -269,6 +269,12 @@ struct Avx2 {
   // ---- the matrix products' words ----
   static constexpr bool kHasBf16Pairs = false;
 
+  [[gnu::always_inline]] static void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
+  [[gnu::always_inline]] static void prefetch_far(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+  }
   static I load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store_int(void* p, I v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static I load_int_n(const void* p, std::int64_t n) {

@@ -237,6 +237,12 @@ struct Avx512 {
   // ---- the matrix products' words ----
   static constexpr bool kHasBf16Pairs = false;
 
+  [[gnu::always_inline]] static void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
+  [[gnu::always_inline]] static void prefetch_far(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+  }
   static I load_int(const void* p) { return _mm512_loadu_si512(p); }
   static void store_int(void* p, I v) { _mm512_storeu_si512(p, v); }
   static I load_int_n(const void* p, std::int64_t n) {

@@ -271,6 +271,10 @@ struct Scalar {
   // ---- the matrix products' words ----
   static constexpr bool kHasBf16Pairs = false;  // has pack_pairs and dot_pairs
 
+  // The cache line at p will be read soon; p may lie past the end of what is there. Always inlined on
+  // the vector paths: GCC 12 drops calls of a function that only prefetches.
+  static void prefetch(const void*) {}      // into the first-level cache
+  static void prefetch_far(const void*) {}  // into the second
   static I load_int(const void* p) {
     I result;
     std::memcpy(&result, p, sizeof result);
