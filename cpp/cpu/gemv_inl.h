@@ -183,7 +183,9 @@ class GemvRun {
     dispatch_dtype(p_.dtype, [&]<class T>() { this->template read_x<T>(); });
     if (branch_.lora != nullptr) compute_u(context);
     const std::int64_t n = p_.weight.rows;
-    const std::int64_t parts = n < context.threads ? n : context.threads;
+    // Below some 2^17 products another thread costs more than it takes over.
+    const std::int64_t worth = kM * n * p_.weight.cols / (std::int64_t{1} << 17) + 1;
+    const std::int64_t parts = worth < context.threads ? worth : context.threads;
     parallel_parts(context, parts, [&](std::int64_t part) {
       float* own = per_thread_ + part * kMaxRowsOfW * layout_.row_floats;
       std::int64_t row = n * part / parts;
@@ -228,9 +230,10 @@ class GemvRun {
   void compute_u(const Context& context) {
     const Lora& lora = *branch_.lora;
     const std::int64_t k = p_.weight.cols;
+    const std::int64_t least_ranks = (std::int64_t{1} << 16) / (k + 1) + 1;
     for (std::int64_t i = 0; i < layout_.u_size; ++i) u_scaled_[i] = 0.0f;
     dispatch_dtype(lora.dtype, [&]<class T>() {
-      parallel_for(context, lora.r, 4, [&](std::int64_t begin, std::int64_t end) {
+      parallel_for(context, lora.r, least_ranks, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t r = begin; r < end; ++r) {
           typename V::F sum[kM];
           for (auto& s : sum) s = V::zero();
