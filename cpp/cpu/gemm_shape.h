@@ -28,6 +28,7 @@ struct GemmShape;
 template <>
 struct GemmShape<4> : GemmBlocking {  // scalar: 16 SSE or 32 NEON registers
   static constexpr int kRows = 4;
+  static constexpr std::int64_t kRunSteps = 16;  // two roundings a step where there is no fma
   static constexpr std::int64_t kPanels = 32;
 };
 
