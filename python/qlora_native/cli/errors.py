@@ -53,7 +53,7 @@ def one_line_errors(command: Command) -> Command:
             _end("interrupted", EXIT_INTERRUPTED, error)
         except BrokenPipeError as error:  # the reader of our output went away: `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(EXIT_DEFECT) from error
+            raise SystemExit(EXIT_DEFECT) from error
         except Exception as error:
             text = explain(error)
             if text is None:
@@ -111,4 +111,4 @@ def _end(text: str, code: int, error: BaseException | None) -> NoReturn:
         traceback.print_exception(error)
     sys.stdout.flush()
     typer.echo(f"error: {text}" if code != EXIT_INTERRUPTED else text, err=True)
-    raise typer.Exit(code) from error
+    raise SystemExit(code) from error

@@ -7,6 +7,7 @@ twenty seconds for SmolLM2. The quantized result is therefore cached.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ _CANNOT_READ = (
     OSError,
     NotImplementedError,
     OverflowError,
+    struct.error,
 )
 
 
@@ -73,8 +75,6 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
 
 
 def _check(path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"no GGUF file at {path}")
     with path.open("rb") as file:
         magic = file.read(len(_MAGIC))
     if magic != _MAGIC:

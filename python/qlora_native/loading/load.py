@@ -118,7 +118,7 @@ def outline(source: str | Path, dtype: torch.dtype, settings: QuantSettings) -> 
     path = locate(source)
     config = read_config(path) if path.is_dir() else read_gguf_config(path)
     check_stored_quantization(getattr(config, "quantization_config", None), str(path))
-    return build_skeleton(config, dtype, settings)
+    return build_skeleton(config, dtype, settings).requires_grad_(False)
 
 
 def read_tokenizer(folder: Path) -> Any:

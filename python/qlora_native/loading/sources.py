@@ -16,8 +16,10 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 def locate(source: str | Path) -> Path:
     """The folder or GGUF file that `source` means; fetches a name on the Hugging Face Hub."""
     path = Path(source).expanduser()
-    if path.is_dir() or path.suffix == ".gguf":
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"no GGUF file at {path}")
     if path.exists():
         raise CheckpointError(f"{path} is neither a model folder nor a .gguf file")
     name = str(source)
