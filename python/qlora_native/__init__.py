@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qlora_native import optim as optim
     from qlora_native.adapter import load_adapter, save_adapter
     from qlora_native.loading import load_model, save_quantized
+    from qlora_native.merging import save_merged
     from qlora_native.model import add_lora, merge, quantize, unmerge
     from qlora_native.quant_state import QuantState
 
@@ -34,6 +35,7 @@ _LAZY = {
     "merge": "model",
     "quantize": "model",
     "save_adapter": "adapter",
+    "save_merged": "merging",
     "save_quantized": "loading",
     "unmerge": "model",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "optim",
     "quantize",
     "save_adapter",
+    "save_merged",
     "save_quantized",
     "unmerge",
 ]

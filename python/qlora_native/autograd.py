@@ -1,9 +1,9 @@
 """The gradients of the linear ops.
 
-They are registered with torch, so that the ops themselves differentiate, under torch.compile too. For
-eager code, linear_4bit and qlora_linear here do the same through a torch.autograd.Function, and go past
-torch's autograd where nothing is recorded: that saves 15 to 60 us of Python in each call (see
-bench/bench_call.py), which a small model's step feels.
+They are registered with torch, so that the ops themselves differentiate, under torch.compile too.
+For eager code, linear_4bit and qlora_linear here do the same through a torch.autograd.Function, and
+go past torch's autograd where nothing is recorded: the registered way takes some 10 us of Python
+more in each call without gradient, and some 60 with one, which a small model's step feels.
 
 linear_4bit is linear in x, so its input gradient is differentiable again (it is linear_4bit).
 qlora_linear differentiates once: a second derivative is refused.
@@ -88,6 +88,9 @@ class _Linear4bit(torch.autograd.Function):
         return _linear_4bit_grad(ctx, *grads)
 
 
+_apply_linear_4bit: Any = _Linear4bit.apply
+
+
 @python_errors
 def linear_4bit(
     x: Tensor,
@@ -107,7 +110,7 @@ def linear_4bit(
     if torch.compiler.is_compiling():
         return cast(Tensor, _linear_4bit(*args))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return cast(Tensor, _Linear4bit.apply(*args))
+        return cast(Tensor, _apply_linear_4bit(*args))
     with _below_autograd():
         return cast(Tensor, _linear_4bit(*args))
 
@@ -184,6 +187,9 @@ class _QloraLinear(torch.autograd.Function):
         return _qlora_linear_grad(ctx, *grads)
 
 
+_apply_qlora_linear: Any = _QloraLinear.apply
+
+
 @python_errors
 def qlora_linear(
     x: Tensor,
@@ -216,7 +222,7 @@ def qlora_linear(
         or lora_b.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return cast(Tensor, _QloraLinear.apply(*args))
+        return cast(Tensor, _apply_qlora_linear(*args))
     with _below_autograd():
         return cast(Tensor, _qlora_linear(*args)[0])
 

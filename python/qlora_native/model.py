@@ -91,9 +91,13 @@ def quantize(
         what was quantized, and what was left and why.
 
     Raises:
-        ValueError: an entry of skip that matches nothing (but the default one), or Inf or NaN in a
-            weight.
+        ValueError: the model is itself a linear, which cannot be replaced in place; an entry of
+            skip (but the default one) matches nothing; a weight holds Inf or NaN.
     """
+    if is_linear(model):
+        raise ValueError(
+            "the model is itself a linear: use nn.Linear4bit.from_linear, or pass a model around it"
+        )
     names = [name for name, _ in model.named_modules()]
     for entry in skip:
         if entry not in _DEFAULT_SKIP and not any(has_parts(name, entry) for name in names):
@@ -117,11 +121,10 @@ def quantize(
         if name in report.left or not is_linear(module):
             continue
         linear = as_linear(module)
-        twin = next((other for other in sharers[name] if other in report.quantized), None)
+        twins = (model.get_submodule(other) for other in sharers[name])
+        twin = next((other for other in twins if isinstance(other, Linear4bit)), None)
         if twin is not None:
-            layer = model.get_submodule(twin)
-            assert isinstance(layer, Linear4bit)
-            new = Linear4bit.from_tensors(layer.weight, layer.quant_state, linear.bias)
+            new = Linear4bit.from_tensors(twin.weight, twin.quant_state, linear.bias)
         else:
             new = Linear4bit.from_linear(
                 linear,
@@ -154,6 +157,8 @@ def _why_not(
     if why is not None or not shared_with or not is_linear(model.get_submodule(name)):
         return why
     for other in shared_with:
+        if is_conv1d(model.get_submodule(other)) != is_conv1d(model.get_submodule(name)):
+            return f"its weight is that of {other}, transposed"
         if _why_not_itself(model.get_submodule(other), other, skipped) is not None:
             return f"its weight is tied to {other}, which is not quantized"
     return None
@@ -170,6 +175,8 @@ def _why_not_itself(module: nn.Module, name: str, skipped: Sequence[str]) -> str
     for entry in skipped:
         if has_parts(name, entry):
             return f"in skip, by {entry!r}"
+    if has_parts(name, "lora_A") or has_parts(name, "lora_B"):
+        return "an adapter's own matrix"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized"
     if isinstance(module, NonDynamicallyQuantizableLinear):

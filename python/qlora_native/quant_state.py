@@ -36,6 +36,9 @@ _DTYPE_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_D
 # Maps of older torch versions differ in the last bit (linspace); another map differs by far more.
 _MAP_TOLERANCE = 1e-6
 
+_MAX_NUMEL = 2**62
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 @cache
 def _codebook(format: str) -> Tensor:
@@ -211,7 +214,9 @@ class QuantState:
             nested_map = part("nested_quant_map")
             _require_map(nested_map, prefix + "nested_quant_map", _dynamic_map(), "signed dynamic")
             nested_absmax = part("nested_absmax")
-            nested_offset = torch.tensor([settings.nested_offset], device=absmax.device)
+            nested_offset = torch.tensor(
+                [settings.nested_offset], dtype=torch.float32, device=absmax.device
+            )
         elif absmax.dtype == torch.uint8:
             raise ValueError(
                 f"{prefix}absmax is uint8, so double-quantized, but {blob_keys[0]} has no "
@@ -264,31 +269,43 @@ class _Settings:
 
         got = settings.get
         shape = got("shape")
-        is_shape = isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
+        is_shape = isinstance(shape, list) and all(map(_is_size, shape))
+        is_shape = is_shape and math.prod(shape) <= _MAX_NUMEL
+        dtype_names = list(_DTYPE_BY_NAME)
         format = key.rsplit("__", 1)[-1]
         if format not in FORMATS:
             raise ValueError(f"{key}: format must be one of {FORMATS}, got {format!r}")
         nested_offset = None
         if any(name.startswith("nested_") for name in settings):
             offset = got("nested_offset")
-            is_number = isinstance(offset, (int, float)) and not isinstance(offset, bool)
+            is_number = isinstance(offset, float) or (
+                isinstance(offset, int) and not isinstance(offset, bool) and abs(offset) < 2**53
+            )
             require("nested_blocksize", got("nested_blocksize") == NESTED_BLOCKSIZE, "256")
             require("nested_dtype", got("nested_dtype") == "float32", "'float32'")
             nested_offset = float(require("nested_offset", is_number, "a number"))
-            if not math.isfinite(nested_offset):
+            if not abs(nested_offset) <= _FLOAT32_MAX:
                 raise ValueError(
                     f"{key}: nested_offset is {nested_offset}: the weight was quantized from "
                     "values with Inf or NaN and all of its scales are lost; quantize it again"
                 )
         return cls(
             format=require("quant_type", got("quant_type") == format, f"{format!r}, as in the key"),
-            blocksize=require("blocksize", got("blocksize") in BLOCKSIZES, f"one of {BLOCKSIZES}"),
+            blocksize=require(
+                "blocksize",
+                _is_size(got("blocksize")) and got("blocksize") in BLOCKSIZES,
+                f"one of {BLOCKSIZES}",
+            ),
             dtype=_DTYPE_BY_NAME[
-                require("dtype", got("dtype") in _DTYPE_BY_NAME, f"one of {list(_DTYPE_BY_NAME)}")
+                require("dtype", got("dtype") in dtype_names, f"one of {dtype_names}")
             ],
             shape=torch.Size(require("shape", is_shape, "a list of sizes")),
             nested_offset=nested_offset,
         )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_NUMEL
 
 
 def _require(tensor: Tensor, name: str, dtype: torch.dtype, numel: int) -> None:

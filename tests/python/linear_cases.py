@@ -1,4 +1,4 @@
-"""What the linear tests share: quantized weights by name, and the bound that results are held to."""
+"""What the linear tests share: quantized weights by name, and the bound on their results."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def assert_as_exact_as_plain(
 ) -> None:
     """Error against float64 at most twice the plain torch path's in the same dtype.
 
-    On a few elements the plain path may be exact by luck, so an error of half a unit of the output's
-    dtype, and of fp32's in the sum of magnitudes [same shape], is always allowed.
+    On a few elements the plain path may be exact by luck, so an error of half a unit of the
+    output's dtype, and of fp32's in the sum of magnitudes [same shape], is always allowed.
     """
     assert actual.dtype == plain.dtype
     assert actual.shape == exact.shape

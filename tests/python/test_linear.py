@@ -16,6 +16,9 @@ from linear_cases import (
 )
 from qlora_native import ops
 
+# Small products: a second thread would only wait. The tests on threads set their own number.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("name", NAMES)

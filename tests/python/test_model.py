@@ -149,6 +149,21 @@ def test_tells_why_a_linear_is_left():
     assert "in_proj_weight" in report.left["attention"]
 
 
+def test_refuses_what_it_cannot_replace_in_place():
+    with pytest.raises(ValueError, match=r"itself a linear: use nn.Linear4bit.from_linear"):
+        quantize(nn.Linear(64, 64))
+
+
+def test_leaves_pefts_adapters_alone_and_runs_twice():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=["up_proj"]))
+    report = quantize(model)
+    assert report.left["base_model.model.layers.0.up_proj.lora_A.default"] == (
+        "an adapter's own matrix"
+    )
+    assert len(report.quantized) == 4 and quantize(model).quantized == []
+
+
 def test_gpt2s_conv1d_is_quantized_transposed():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -20,6 +20,9 @@ from linear_cases import (
 )
 from qlora_native import ops, reference
 
+# Small products: a second thread would only wait. The tests on threads set their own number.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCALE = 1.75
 SEED = torch.tensor([0x1234_5678_9ABC], dtype=torch.int64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -9,6 +10,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from qlora_native.functional import dequantize_4bit, quantize_4bit
@@ -83,6 +86,15 @@ def test_bitsandbytes_reads_what_we_write(double_quant):
 def test_other_storage_dtypes_view_the_same_bytes(storage):
     packed, state = quantized()
     assert torch.equal(state.check_packed(packed.view(-1).view(storage)), packed)
+
+
+def test_reads_under_another_default_dtype():
+    _, state = quantized()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert QuantState.from_bnb_dict(state.to_bnb_dict()) == state
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("prefix", ["", "weight.", "model.layers.0.q_proj.weight."])
@@ -202,6 +214,40 @@ def test_refuses(case):
     tensors, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         QuantState.from_bnb_dict(tensors())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+SETTINGS = (
+    "quant_type", "blocksize", "dtype", "shape",
+    "nested_blocksize", "nested_dtype", "nested_offset",
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(SETTINGS), JSON, min_size=1))
+@settings(max_examples=100, deadline=None)
+def test_any_settings_give_a_state_or_a_clear_error(changes):
+    tensors = broken(**blob(**changes))
+    try:
+        state = QuantState.from_bnb_dict(tensors)
+    except (ValueError, TypeError) as error:
+        assert "weight." in str(error)
+    else:
+        assert state.n_blocks == 75
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_damaged_byte_of_the_settings_gives_a_state_or_a_clear_error(data):
+    tensors = broken()
+    settings = tensors[BLOB]
+    at = data.draw(st.integers(0, len(settings) - 1))
+    settings[at] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ValueError, TypeError):
+        QuantState.from_bnb_dict(tensors)
 
 
 def test_refuses_packed_of_another_size():
