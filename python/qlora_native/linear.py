@@ -2,7 +2,7 @@
 
 The packed codes and their scales are buffers that no dtype cast touches: `.half()`, `.float()` and
 `.to(torch.bfloat16)` change the bias alone. In a state dict they stand under bitsandbytes' keys
-(quant_state.py), so `load_state_dict` reads what bitsandbytes wrote and the other way round; a
+(bnb_keys.py), so `load_state_dict` reads what bitsandbytes wrote and the other way round; a
 float `weight` is read too, and quantized.
 """
 

@@ -88,11 +88,12 @@ def test_other_storage_dtypes_view_the_same_bytes(storage):
     assert torch.equal(state.check_packed(packed.view(-1).view(storage)), packed)
 
 
-def test_reads_under_another_default_dtype():
+def test_reads_under_another_default_dtype_and_device():
     _, state = quantized()
     torch.set_default_dtype(torch.float64)
     try:
-        assert QuantState.from_bnb_dict(state.to_bnb_dict()) == state
+        with torch.device("meta"):
+            assert QuantState.from_bnb_dict(state.to_bnb_dict()) == state
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -138,6 +139,7 @@ REFUSED = {
         ValueError,
         "not whole UTF-8 JSON",
     ),
+    "JSON too deep": (lambda: broken(**{BLOB: as_bytes(b"[" * 99999)}), ValueError, "not whole"),
     "not UTF-8": (lambda: broken(**{BLOB: as_bytes(b"\xff\xfe{}")}), ValueError, "UTF-8 JSON"),
     "JSON of a list": (lambda: broken(**{BLOB: as_bytes(b"[1]")}), ValueError, "JSON object"),
     "blob of floats": (lambda: broken(**{BLOB: torch.zeros(3)}), TypeError, "uint8.*float32"),
