@@ -1,13 +1,13 @@
 """The 4-bit linear layer: forward, input gradient, and with LoRA forward + backward.
 
-Beside bitsandbytes (NF4, double-quantized, its layer and its autograd) and un-quantized torch in the
-same dtype; for 16-bit activations also torch with fp32 weights and the activations cast, the honest
-way where a processor has no such instructions. bitsandbytes 0.50.2 packs a layer anew in its first
-pass without gradient and has no input gradient from then on: a layer that is trained here has never
-seen such a pass.
+Beside bitsandbytes (NF4, double-quantized, its layer and its autograd) and un-quantized torch in
+the same dtype; for 16-bit activations also torch with fp32 weights and the activations cast, the
+honest way where a processor has no such instructions. bitsandbytes 0.50.2 packs a layer anew in its
+first pass without gradient and has no input gradient from then on: a layer that is trained here has
+never seen such a pass.
 
-The least that is moved: the codes, one byte of scale per 64 of them, x and the result. The LoRA rows
-also time the base products alone (forward + input gradient without the branch).
+The least that is moved: the codes, one byte of scale per 64 of them, x and the result. The LoRA
+rows also time the base products alone (forward + input gradient without the branch).
 """
 
 from __future__ import annotations
