@@ -29,7 +29,7 @@ def plain_loss(model: nn.Module, made: Batch) -> Tensor:
 
 
 def losses_and_gradients(
-    model: nn.Module, made: Batch, chunk: int = 64
+    model: nn.Module, made: Batch, chunk: int = 128
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]:
     head = OutputHead.of(model)
     ours = head.token_losses(made, chunk)[0].sum() / made.labelled
