@@ -31,8 +31,8 @@ from qlora_native.collate import Batch
 from qlora_native.data import IGNORE
 
 # Tokens whose logits stand at once: 24 MiB in fp32 at a vocabulary of 49152. Loss and gradient of
-# 1024 tokens, head [49152, 576], Zen 4, one thread, CPU seconds in bf16 / fp32, 2026-11-24: chunks of
-# 32 1.21 / 2.26, 64 0.94 / 1.86, 128 0.81 / 1.55, 256 0.80 / 1.50; torch's whole logits 1.19 / 1.77.
+# 1024 tokens, head [49152, 576], Zen 4, one thread, CPU seconds in bf16 / fp32, 2026-11-24: chunks
+# of 32 1.21 / 2.26, 64 0.94 / 1.86, 128 0.81 / 1.55, 256 0.80 / 1.50; whole 1.19 / 1.77 (torch).
 CHUNK = 128
 
 

@@ -28,6 +28,7 @@ SETTINGS = TrainConfig(
     learning_rate=5e-4,
     checkpoint_every=0,
     seed=0,
+    overwrite=True,
 )
 
 
