@@ -23,10 +23,11 @@ SETTINGS = TrainConfig(
     r=16,
     alpha=32,
     max_length=256,
-    batch_size=4,
-    epochs=3,
+    batch_size=2,
+    epochs=1,
     learning_rate=5e-4,
     checkpoint_every=0,
+    overwrite=True,  # of an earlier demo; its folder is its own
     seed=0,
     overwrite=True,
 )
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the few options there are, and run."""
     parser = argparse.ArgumentParser(prog="python -m qlora_native.demo", description=__doc__)
     parser.add_argument("--output", default=SETTINGS.output, help="folder for everything written")
-    parser.add_argument("--steps", type=int, help="steps to train, in place of three epochs")
+    parser.add_argument("--steps", type=int, help="steps to train, in place of one epoch")
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch decides")
     chosen = parser.parse_args(arguments)
     run(

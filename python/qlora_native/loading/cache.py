@@ -95,8 +95,7 @@ class QuantizedCache:
         except OSError as error:
             warnings.warn(
                 f"the quantized model cannot be cached in {self.directory} ({error}), so that the "
-                "next load takes as "
-                f"long as this one; name another folder by ${DIRECTORY_VARIABLE}",
+                f"next load takes as long; name another folder by ${DIRECTORY_VARIABLE}",
                 stacklevel=2,
             )
             return
@@ -120,11 +119,8 @@ class QuantizedCache:
 
 def _fingerprint(source: Path) -> list[list[Any]]:
     """Name, size and modification time of each file that the source consists of."""
-    files = (
-        [source]
-        if source.is_file()
-        else sorted(path for path in source.iterdir() if path.is_file())
-    )
+    candidates = [source] if source.is_file() else sorted(source.iterdir())
+    files = [path for path in candidates if path.is_file()]
     if not files:
         raise CheckpointError(f"{source} holds no file")
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]

@@ -83,9 +83,7 @@ class CheckpointIndex:
             )
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            if not weight_map or not all(
-                isinstance(item, str) for pair in weight_map.items() for item in pair
-            ):
+            if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
                 raise TypeError("weight_map must map tensor names to file names")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is not an index of shards: {error}") from error
@@ -93,7 +91,7 @@ class CheckpointIndex:
 
     def _open(self, file_name: str, weight_map: dict[str, str]) -> SafetensorsReader:
         path = self.folder / file_name
-        if path.resolve().parent != self.folder.resolve() and not path.is_symlink():
+        if Path(file_name).name != file_name:
             raise CheckpointError(
                 f"{self.folder / INDEX_FILE} names a file outside its folder: {file_name!r}"
             )
@@ -126,6 +124,5 @@ class CheckpointIndex:
             return f"; it does hold {others[0]}: give the path of that file"
         return (
             f"; it does hold {others[0]}: only safetensors are read (pickled weights can run "
-            "code); "
-            "convert it with transformers' save_pretrained"
+            "code); convert it with transformers' save_pretrained"
         )

@@ -20,8 +20,7 @@ from qlora_native.loading.hf import hf
 from qlora_native.loading.skeleton import Config, Model
 
 _MAGIC = b"GGUF"
-# What the gguf package and transformers raise for files that are cut off, mangled or unknown to
-# them.
+# What the gguf package and transformers raise for files that are cut off, mangled or unknown.
 _CANNOT_READ = (
     ValueError,
     KeyError,

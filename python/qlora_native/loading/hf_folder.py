@@ -160,8 +160,10 @@ class _Filling:
         parts = {f"weight{suffix}": self.index.read(key) for suffix, key in keys.items()}
         module_name = target.rpartition(".")[0]
         module = self.model.get_submodule(module_name)
-        fan_in_fan_out = not isinstance(module, nn.Linear)  # GPT-2's Conv1D; packed as [out, in]
+        fan_in_fan_out = type(module).__name__ == "Conv1D"  # GPT-2's; packed as [out, in]
         try:
+            if not (isinstance(module, nn.Linear) or fan_in_fan_out):
+                raise ValueError(f"{module_name!r} is no linear but a {type(module).__name__}")
             state = QuantState.from_bnb_dict(parts)
             wanted = self.expected[target][::-1] if fan_in_fan_out else self.expected[target]
             if state.shape != wanted:
@@ -202,13 +204,13 @@ class _Filling:
         if missing:
             raise CheckpointError(
                 f"{self.index.folder} lacks {_listed(sorted(missing))}, which its config.json "
-                "asks for"
+                "asks for; download or copy it again"
             )
         if unexpected and self.strict:
             raise CheckpointError(
                 f"{self.index.file_of(unexpected[0])} holds {_listed(unexpected)}, of which its "
-                "config.json knows nothing; "
-                "if the rest is the model you want, load it with strict=False"
+                "config.json knows nothing; if the rest is the model that you want, load it with "
+                "strict=False"
             )
 
 
@@ -225,12 +227,10 @@ def _float_shapes(model: Model) -> dict[str, torch.Size]:
 
 
 def _listed(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"the tensor {names[0]!r}"
     shown = ", ".join(repr(name) for name in names[:3])
-    return (
-        f"the tensor {shown}"
-        if len(names) == 1
-        else f"{len(names)} tensors ({shown}{', …' * (len(names) > 3)})"
-    )
+    return f"{len(names)} tensors ({shown}{', …' * (len(names) > 3)})"
 
 
 def _read_generation_config(model: Model, folder: Path) -> None:

