@@ -27,9 +27,7 @@ SETTINGS = TrainConfig(
     epochs=1,
     learning_rate=5e-4,
     checkpoint_every=0,
-    overwrite=True,  # of an earlier demo; its folder is its own
     seed=0,
-    overwrite=True,
 )
 
 
@@ -41,11 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="steps to train, in place of one epoch")
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch decides")
     chosen = parser.parse_args(arguments)
-    run(
-        dataclasses.replace(
-            SETTINGS, output=chosen.output, steps=chosen.steps, threads=chosen.threads
-        )
+    config = dataclasses.replace(
+        SETTINGS,
+        output=chosen.output,
+        steps=chosen.steps,
+        threads=chosen.threads,
+        overwrite=chosen.output == SETTINGS.output,  # an earlier demo, but no other run
     )
+    run(config)
 
 
 def run(config: TrainConfig) -> None:
