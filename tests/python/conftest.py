@@ -9,6 +9,7 @@ sentinels     hands out tensors with guarded margins, which are checked when the
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,10 +20,12 @@ import qlora_native
 
 _AVAILABLE = qlora_native.available_isas()
 _BUILT: list[str] = qlora_native.build_info()["isas_built"]
+# What a test of something else than the kernels asks for, to run each of them once.
+_ONLY_DEFAULT = os.environ.get("QLORA_TEST_ISAS") == "default"
 _ran: Counter[str] = Counter()
 
 
-@pytest.fixture(params=_BUILT)
+@pytest.fixture(params=[qlora_native.cpu_isa()] if _ONLY_DEFAULT else _BUILT)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the instruction set that the ops use while the test runs."""
     name: str = request.param
