@@ -1,8 +1,8 @@
 """Blockwise quantization and back: NF4 with double-quantized scales, the dynamic 8-bit map, scales.
 
 The least that is moved, in bytes a value: a value of the matrix's dtype on one side, half a byte of
-codes (8-bit: one) and the block's scale on the other. Outputs are reused where a contender can:
-bitsandbytes cannot when it quantizes, so that row has us with fresh outputs too.
+codes (8-bit: one) and the block's scale on the other. Ours writes into reused outputs unless the
+row says otherwise; bitsandbytes cannot (its out= raises): each direction has a row with fresh ones.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ def _matrix(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * 0.02).to(dtype)
 
 
-def _quantize(shape: tuple[int, int], dtype: torch.dtype) -> Contenders:
-    """Codes, absmax, and the absmax to 8 bits."""
+def _quantize(shape: tuple[int, int], dtype: torch.dtype, reuse: bool) -> Contenders:
+    """Codes, absmax, and the absmax to 8 bits, into reused or fresh outputs."""
     x = _matrix(shape, dtype)
     packed, absmax = ops.quantize_4bit(x, BLOCKSIZE, "nf4")
 
-    def reused() -> None:
+    def reused() -> object:
         ops.quantize_4bit_out(x, packed, absmax, BLOCKSIZE, "nf4")
-        ops.quantize_scales(absmax)
+        return ops.quantize_scales(absmax)
 
     def fresh() -> object:
         codes, scales = ops.quantize_4bit(x, BLOCKSIZE, "nf4")
         return codes, ops.quantize_scales(scales)
 
-    contenders: Contenders = {OURS: reused, f"{OURS}, fresh outputs": fresh}
+    contenders: Contenders = {OURS: reused if reuse else fresh}
     if bnb := peer("bitsandbytes.functional"):
         contenders["bitsandbytes"] = lambda: bnb.quantize_4bit(
             x, blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
@@ -61,7 +61,6 @@ def _dequantize(shape: tuple[int, int], dtype: torch.dtype, out: torch.Tensor | 
         codes, state = bnb.quantize_4bit(
             _matrix(shape, dtype), blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
         )
-        # Its out= raises; a fresh output is all it can do.
         contenders["bitsandbytes"] = lambda: bnb.dequantize_4bit(codes, state)
     return contenders
 
@@ -101,7 +100,7 @@ def cases(quick: bool) -> Iterator[Case]:
             values = n * dtype.itemsize
             yield Case(
                 f"quantize NF4, {where}, {short}",
-                lambda s=shape, d=dtype: _quantize(s, d),
+                lambda s=shape, d=dtype: _quantize(s, d, reuse=True),
                 read=values,
                 write=codes_4bit,
             )
@@ -111,6 +110,12 @@ def cases(quick: bool) -> Iterator[Case]:
                 read=codes_4bit,
                 write=values,
             )
+        yield Case(
+            f"quantize NF4 into fresh outputs, {where}, bfloat16",
+            lambda s=shape: _quantize(s, torch.bfloat16, reuse=False),
+            read=2 * n,
+            write=codes_4bit,
+        )
         yield Case(
             f"dequantize NF4 into a fresh output, {where}, bfloat16",
             lambda s=shape: _dequantize(s, torch.bfloat16, None),

@@ -19,6 +19,7 @@ struct Scalar {
 
   using FloatLanes [[gnu::vector_size(16)]] = float;
   using IntLanes [[gnu::vector_size(16)]] = std::int32_t;
+  using WordLanes [[gnu::vector_size(16)]] = std::uint32_t;  // for sums and products that wrap
   struct F {
     FloatLanes lane;
   };
@@ -40,18 +41,30 @@ struct Scalar {
   }
 
   static F zero() { return set1(0.0f); }
-  static F set1(float value) {
-    return map([=](int) { return value; });
-  }
+  static F set1(float value) { return {FloatLanes{value, value, value, value}}; }
 
   // ---- memory: fp32 as it is, fp16 and bf16 widened and rounded to nearest even ----
-  template <class T>
-  static F load(const T* p) {
+  static F load(const float* p) {
+    F result;
+    std::memcpy(&result, p, sizeof result);
+    return result;
+  }
+  static F load(const BFloat16* p) {
+    const WordLanes bits = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+    return {std::bit_cast<FloatLanes>(bits << 16)};
+  }
+  static F load(const Float16* p) {
     return map([=](int i) { return to_float(p[i]); });
   }
-  template <class T>
-  static void store(T* p, F v) {
-    for (int i = 0; i < kWidth; ++i) p[i] = from_float<T>(v.lane[i]);
+  static void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+  static void store(BFloat16* p, F v) {
+    const WordLanes word = words(bits(v));
+    const WordLanes rounded = word + 0x7FFF + ((word >> 16) & 1);
+    const WordLanes chosen = v.lane == v.lane ? rounded : word | 0x400000;  // NaN is made quiet
+    for (int i = 0; i < kWidth; ++i) p[i].bits = static_cast<std::uint16_t>(chosen[i] >> 16);
+  }
+  static void store(Float16* p, F v) {
+    for (int i = 0; i < kWidth; ++i) p[i] = from_float<Float16>(v.lane[i]);
   }
   // The first n lanes, 0 <= n <= kWidth; the others are loaded as 0 and not stored.
   template <class T>
@@ -71,23 +84,15 @@ struct Scalar {
   static F sqrt(F a) {
     return map([=](int i) { return std::sqrt(a.lane[i]); });
   }
-  static F abs(F a) {
-    return map([=](int i) { return std::fabs(a.lane[i]); });
-  }
+  static F abs(F a) { return floats(bit_and(bits(a), set1_int(0x7FFFFFFF))); }
   // a * b + c; fused where the processor has it, two roundings here.
   static F fma(F a, F b, F c) { return {a.lane * b.lane + c.lane}; }
   // The larger; b where either is NaN, as x86's max instructions give it.
-  static F max(F a, F b) {
-    return map([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
-  }
-  static F min(F a, F b) {
-    return map([=](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
-  }
+  static F max(F a, F b) { return {a.lane > b.lane ? a.lane : b.lane}; }
+  static F min(F a, F b) { return {a.lane < b.lane ? a.lane : b.lane}; }
   // The larger of `magnitude` (not negative) and |x|, and NaN where either is: compared as
   // integers, in which order every NaN stands above infinity.
-  static F max_magnitude(F magnitude, F x) {
-    return map([=](int i) { return larger_magnitude(magnitude.lane[i], x.lane[i]); });
-  }
+  static F max_magnitude(F magnitude, F x) { return floats(max(bits(magnitude), bits(abs(x)))); }
   // a where `test` is a number, b where it is NaN or infinite.
   static F where_finite(F test, F a, F b) {
     return map([=](int i) { return std::isfinite(test.lane[i]) ? a.lane[i] : b.lane[i]; });
@@ -108,64 +113,46 @@ struct Scalar {
 
   // ---- 16-bit elements, by their bits: their order without the sign is that of the integers ----
   static constexpr int kHalves = 2 * kWidth;
+  using HalfLanes [[gnu::vector_size(16)]] = std::int16_t;
   struct H {
-    std::int16_t lane[kHalves];
+    HalfLanes lane;
   };
-  static H zero_halves() { return {}; }
+  static H zero_halves() { return {HalfLanes{}}; }
   static float widen(Float16 value) { return to_float(value); }
   static float widen(BFloat16 value) { return to_float(value); }
   // The larger of `magnitude` (not negative) and |p[i]|, NaN above infinity.
   template <class T>
   static H max_magnitude_halves(H magnitude, const T* p) {
-    for (int i = 0; i < kHalves; ++i) {
-      const auto bits = static_cast<std::int16_t>(p[i].bits & 0x7FFF);
-      magnitude.lane[i] = bits > magnitude.lane[i] ? bits : magnitude.lane[i];
-    }
-    return magnitude;
+    HalfLanes bits;
+    std::memcpy(&bits, p, sizeof bits);
+    bits &= 0x7FFF;
+    return {bits > magnitude.lane ? bits : magnitude.lane};
   }
   static std::uint16_t reduce_max_halves(H v) {
     std::int16_t largest = 0;
-    for (const std::int16_t bits : v.lane) largest = bits > largest ? bits : largest;
+    for (int i = 0; i < kHalves; ++i) largest = v.lane[i] > largest ? v.lane[i] : largest;
     return static_cast<std::uint16_t>(largest);
   }
 
   // ---- 32-bit integers ----
-  static I set1_int(std::int32_t value) {
-    return map_int([=](int) { return value; });
-  }
-  static I bits(F v) {
-    return map_int([=](int i) { return std::bit_cast<std::int32_t>(v.lane[i]); });
-  }
-  static I add(I a, I b) {
-    return map_int([=](int i) {
-      return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.lane[i]) +
-                                       static_cast<std::uint32_t>(b.lane[i]));
-    });
-  }
-  static I sub(I a, I b) {
-    return map_int([=](int i) { return a.lane[i] - b.lane[i]; });
-  }
-  static I bit_and(I a, I b) {
-    return map_int([=](int i) { return a.lane[i] & b.lane[i]; });
-  }
-  static I max(I a, I b) {
-    return map_int([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
-  }
+  static I set1_int(std::int32_t value) { return {IntLanes{value, value, value, value}}; }
+  static I bits(F v) { return {std::bit_cast<IntLanes>(v.lane)}; }
+  static F floats(I v) { return {std::bit_cast<FloatLanes>(v.lane)}; }
+  static I add(I a, I b) { return wrapped(words(a) + words(b)); }
+  static I sub(I a, I b) { return wrapped(words(a) - words(b)); }
+  static I bit_and(I a, I b) { return {a.lane & b.lane}; }
+  static I max(I a, I b) { return {a.lane > b.lane ? a.lane : b.lane}; }
   // Copies of the sign come in from the left.
   template <int kBits>
   static I shift_right(I a) {
-    return map_int([=](int i) { return a.lane[i] >> kBits; });
+    return {a.lane >> kBits};
   }
-  static F to_floats(I a) {
-    return map([=](int i) { return static_cast<float>(a.lane[i]); });
-  }
+  static F to_floats(I a) { return {__builtin_convertvector(a.lane, FloatLanes)}; }
   // Toward zero; what lies outside an int32 is unspecified.
-  static I truncate(F v) {
-    return map_int([=](int i) { return static_cast<std::int32_t>(v.lane[i]); });
-  }
-  // count + 1 where x is above the threshold or NaN.
+  static I truncate(F v) { return {__builtin_convertvector(v.lane, IntLanes)}; }
+  // count + 1 where x is above the threshold or NaN. (A comparison that holds gives -1.)
   static I count_above(I count, F x, F threshold) {
-    return map_int([=](int i) { return count.lane[i] + (x.lane[i] <= threshold.lane[i] ? 0 : 1); });
+    return {count.lane + 1 + (x.lane <= threshold.lane)};
   }
 
   // ---- bytes: one to a lane ----
@@ -191,10 +178,10 @@ struct Scalar {
   }
   // The other way, 32 codes at a time; here a lane holds its code and nothing else.
   static void pack_codes(std::uint8_t* packed, const I (&codes)[32 / kWidth]) {
-    for (int i = 0; i < 32; i += 2) {
-      const std::int32_t first = codes[i / kWidth].lane[i % kWidth];
-      const std::int32_t second = codes[i / kWidth].lane[i % kWidth + 1];
-      packed[i / 2] = static_cast<std::uint8_t>((first << 4) | second);
+    for (int i = 0; i < 32 / kWidth; ++i) {
+      const IntLanes lane = codes[i].lane;
+      packed[2 * i] = static_cast<std::uint8_t>((lane[0] << 4) | lane[1]);
+      packed[2 * i + 1] = static_cast<std::uint8_t>((lane[2] << 4) | lane[3]);
     }
   }
 
@@ -236,16 +223,16 @@ struct Scalar {
 
   // Fifteen ascending bounds; how many of them are below x (all of them, where x is NaN).
   struct Midpoints {
-    float bound[15];
+    F bound[15];
   };
   static Midpoints midpoints(const float* bounds) {
     Midpoints result;
-    for (int i = 0; i < 15; ++i) result.bound[i] = bounds[i];
+    for (int i = 0; i < 15; ++i) result.bound[i] = set1(bounds[i]);
     return result;
   }
   static I count_below(const Midpoints& m, F x) {
-    I count = set1_int(0);
-    for (const float bound : m.bound) count = count_above(count, x, set1(bound));
+    I count = set1_int(15);
+    for (const F bound : m.bound) count.lane += x.lane <= bound.lane;  // -1 where it holds
     return count;
   }
 
@@ -271,8 +258,8 @@ struct Scalar {
   // ---- the matrix products' words ----
   static constexpr bool kHasBf16Pairs = false;  // has pack_pairs and dot_pairs
 
-  // The cache line at p will be read soon; p may lie past the end of what is there. Always inlined on
-  // the vector paths: GCC 12 drops calls of a function that only prefetches.
+  // The cache line at p will be read soon; p may lie past the end of what is there. Always inlined
+  // on the vector paths: GCC 12 drops calls of a function that only prefetches.
   static void prefetch(const void*) {}      // into the first-level cache
   static void prefetch_far(const void*) {}  // into the second
   static I load_int(const void* p) {
@@ -306,27 +293,18 @@ struct Scalar {
   static I lane_index() {
     return map_int([](int i) { return i; });
   }
-  static I bit_xor(I a, I b) {
-    return map_int([=](int i) { return a.lane[i] ^ b.lane[i]; });
-  }
-  static I mul(I a, I b) {
-    return map_int([=](int i) {
-      return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.lane[i]) *
-                                       static_cast<std::uint32_t>(b.lane[i]));
-    });
-  }
+  static I bit_xor(I a, I b) { return {a.lane ^ b.lane}; }
+  static I mul(I a, I b) { return wrapped(words(a) * words(b)); }
   template <int kBits>
   static I shift_right_zeros(I a) {
-    return map_int([=](int i) {
-      return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.lane[i]) >> kBits);
-    });
+    return wrapped(words(a) >> kBits);
   }
   // v where a > b as signed integers, else 0.
-  static F keep_if_greater(F v, I a, I b) {
-    return map([=](int i) { return a.lane[i] > b.lane[i] ? v.lane[i] : 0.0f; });
-  }
+  static F keep_if_greater(F v, I a, I b) { return floats({bits(v).lane & (a.lane > b.lane)}); }
 
  private:
+  static WordLanes words(I v) { return std::bit_cast<WordLanes>(v.lane); }
+  static I wrapped(WordLanes v) { return {std::bit_cast<IntLanes>(v)}; }
   static float larger_magnitude(float a, float b) {
     const std::int32_t x = std::bit_cast<std::int32_t>(a) & 0x7FFFFFFF;
     const std::int32_t y = std::bit_cast<std::int32_t>(b) & 0x7FFFFFFF;
