@@ -24,6 +24,9 @@ class MergeReport:
     """What was merged and what it cost; norms are over all merged weights taken as one.
 
     relative_change     ||D|| / ||W||: what the adapters had changed
+    kept                <stored - W, D> / ||D||^2: how much of that is there still; 1 is all. Steps
+                        of 4 bits are wider than most changes that an adapter learns, so quantizing
+                        again may round nearly all of them away
     relative_error      ||stored - (W + D)|| / ||W + D||: what rounding changed
     worst, worst_error  the layer with the largest of the latter
     kl                  nats a token, the mean over `tokens`
@@ -33,6 +36,7 @@ class MergeReport:
 
     layers: int
     relative_change: float
+    kept: float
     relative_error: float
     worst: str
     worst_error: float
@@ -43,8 +47,8 @@ class MergeReport:
     def __str__(self) -> str:
         text = (
             f"{self.layers} layers merged: the adapters changed the weights by "
-            f"{self.relative_change:.2%}, rounding them by {self.relative_error:.2%} "
-            f"(at most {self.worst_error:.2%}, {self.worst})"
+            f"{self.relative_change:.2%}, of which {self.kept:.0%} is kept; rounding changed them "
+            f"by {self.relative_error:.2%} (at most {self.worst_error:.2%}, {self.worst})"
         )
         if self.tokens:
             text += (
@@ -61,6 +65,7 @@ class WeightCost:
     layers: int = 0
     base: float = 0.0
     change: float = 0.0
+    kept: float = 0.0
     merged: float = 0.0
     error: float = 0.0
     worst: str = ""
@@ -69,10 +74,12 @@ class WeightCost:
     def add(self, name: str, layer: QLoRALinear, merged: Tensor, stored: Tensor) -> None:
         """Count one weight: `merged` exact in fp32, `stored` what the folder will hold of it."""
         base = layer.dequantize(torch.float32)
+        change = merged - base
         error, norm = _squared(stored.float() - merged), _squared(merged)
         self.layers += 1
         self.base += _squared(base)
-        self.change += _squared(merged - base)
+        self.change += _squared(change)
+        self.kept += float(torch.sum((stored.float() - base) * change, dtype=torch.float64))
         self.merged += norm
         self.error += error
         if _ratio(error, norm) >= self.worst_error:
@@ -83,6 +90,7 @@ class WeightCost:
         return MergeReport(
             self.layers,
             _ratio(self.change, self.base),
+            self.kept / self.change if self.change else 1.0,
             _ratio(self.error, self.merged),
             self.worst,
             self.worst_error,

@@ -58,6 +58,7 @@ def test_a_float_folder_is_the_merged_model(options, tokenizer, tmp_path):
     assert loaded.dtype == torch.float32
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "m")("The").input_ids
     assert report.layers == 14 and report.relative_error == 0 and abs(report.kl) < 1e-6
+    assert report.kept == pytest.approx(1)
     assert report.same_top == 1 and report.tokens > 20
 
 
@@ -98,6 +99,16 @@ def test_a_quantized_folder_is_the_model_merged_in_place(tokenizer, tmp_path):
     assert report.kl > 0 and report.worst in dict(lora_layers(model))
     for part in ("14 layers merged", report.worst, "nats a token"):
         assert part in str(report)
+
+
+@pytest.mark.parametrize(("std", "low", "high"), [(1e-4, 0.0, 0.3), (0.1, 0.9, 1.1)])
+def test_tells_how_much_of_the_adapter_quantizing_again_keeps(std, low, high, tokenizer, tmp_path):
+    """A change below the 4-bit steps is rounded away, a large one stays."""
+    model = adapted()
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B, std=std)
+    report = save_merged(model, tokenizer, tmp_path / "m", dtype=None, prompts=())
+    assert low <= report.kept < high
 
 
 def test_kl_is_that_of_the_logits(tokenizer, tmp_path):

@@ -63,6 +63,7 @@ def merge(
         ("written", f"{output} ({human_bytes(size)})"),
         ("merged", f"{report.layers} linears, stored as {stored_as}"),
         ("adapter's change", f"{report.relative_change:.4%} of the weights (‖D‖ / ‖W‖)"),
+        ("kept of it", f"{report.kept:.1%} (the rest is rounded away)"),
         ("error of storing", f"{report.relative_error:.4%} (‖stored − (W + D)‖ / ‖W + D‖)"),
         ("largest", f"{report.worst_error:.4%} in {report.worst}"),
         ("KL divergence", f"{report.kl:.2e} nats a token, over {report.tokens} tokens"),
