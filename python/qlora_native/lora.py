@@ -22,6 +22,7 @@ from qlora_native import autograd
 from qlora_native.functional import linear_4bit, quantize_4bit
 from qlora_native.linear import Linear4bit
 from qlora_native.quant_state import QuantState
+from qlora_native.requantize import SeededGenerators, requantize_4bit
 
 
 class QLoRALinear(Linear4bit):
@@ -241,22 +242,45 @@ class QLoRALinear(Linear4bit):
         )
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def quantized_again(
+        self, rounding: str = "stochastic", generator: torch.Generator | None = None
+    ) -> tuple[Tensor, QuantState]:
+        """`merged_weight` in 4 bits: packed codes and their state.
+
+        Args:
+            rounding: "stochastic", on the base's scales, keeps the adapter's change on average
+                (requantize.py) but clips what grows beyond them; "nearest", on new scales, rounds
+                a small change away, and is the better of the two where D is above some 10 % of W.
+            generator: of the stochastic rounding; seeded with 0 if None.
+        """
+        merged = self.merged_weight()
+        if rounding == "nearest":
+            return quantize_4bit(
+                merged,
+                self.blocksize,
+                self.format,
+                self.double_quant,
+                scale_rounding=self.scale_rounding,
+                name="the merged weight",
+            )
+        if rounding != "stochastic":
+            raise ValueError(f"rounding must be 'stochastic' or 'nearest', got {rounding!r}")
+        if not bool(torch.isfinite(merged).all()):
+            raise ValueError("the merged weight must be finite, got NaN or Inf in the adapter")
+        if generator is None:
+            generator = SeededGenerators()[merged.device]
+        state = self.quant_state
+        return requantize_4bit(merged, state, generator), state.to(merged.device, copy=True)
+
+    def merge(self, rounding: str = "stochastic", generator: torch.Generator | None = None) -> None:
         """Let forward use W + scaling * B A, quantized again: one product and no adapter.
 
-        The rounding is that of quantizing anew (merging.py measures it). The adapter may change
-        meanwhile, to no effect until `unmerge`. A merged layer stays as it is.
+        Arguments are quantized_again's; merging.py measures what the rounding costs. The adapter
+        may change meanwhile, to no effect until `unmerge`. A merged layer stays as it is.
         """
         if self.merged:
             return
-        packed, state = quantize_4bit(
-            self.merged_weight(),
-            self.blocksize,
-            self.format,
-            self.double_quant,
-            scale_rounding=self.scale_rounding,
-            name="the merged weight",
-        )
+        packed, state = self.quantized_again(rounding, generator)
         self.merged_packed = packed
         self.merged_absmax = state.absmax
         self.merged_nested_absmax = state.nested_absmax

@@ -24,9 +24,8 @@ class MergeReport:
     """What was merged and what it cost; norms are over all merged weights taken as one.
 
     relative_change     ||D|| / ||W||: what the adapters had changed
-    kept                <stored - W, D> / ||D||^2: how much of that is there still; 1 is all. Steps
-                        of 4 bits are wider than most changes that an adapter learns, so quantizing
-                        again may round nearly all of them away
+    kept                <stored - W, D> / ||D||^2: how much of that is there still; 1 is all, and
+                        rounding to the nearest 4-bit values leaves little (requantize.py)
     relative_error      ||stored - (W + D)|| / ||W + D||: what rounding changed
     worst, worst_error  the layer with the largest of the latter
     kl                  nats a token, the mean over `tokens`

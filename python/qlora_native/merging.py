@@ -1,8 +1,8 @@
 """Adapters merged into the weights, written as a model folder of floats or of 4-bit weights.
 
 A merged weight is the 4-bit base's values plus the adapter's scaling * B A. In 16 or 32 bits it is
-rounded once; quantized again it is rounded to 4 bits, and a part of what was learned can be lost:
-the report (merge_cost.py) tells how much. The model itself is the same afterwards.
+rounded once; quantized again, stochastically, it gets noise of some 2 % (requantize.py). The report
+(merge_cost.py) tells what that costs. The model itself is the same afterwards.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qlora_native.lora import QLoRALinear
 from qlora_native.merge_cost import MergeReport, WeightCost, divergence, log_probabilities
 from qlora_native.model import lora_layers, quantized_layers
 from qlora_native.module_tree import places, replace
+from qlora_native.requantize import SeededGenerators
 
 __all__ = ["PROMPTS", "MergeReport", "save_merged"]
 
@@ -48,6 +49,7 @@ def save_merged(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = torch.bfloat16,
+    rounding: str = "stochastic",
     prompts: Sequence[str] = PROMPTS,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> MergeReport:
@@ -59,6 +61,7 @@ def save_merged(
     Needs memory for one shard; to quantize, or to run prompts, for all merged weights as stored.
 
     Args:
+        rounding: with None for dtype, as QLoRALinear.quantized_again has it.
         prompts: texts that the KL divergence is measured on; empty to leave it out.
 
     Raises:
@@ -76,7 +79,7 @@ def save_merged(
     adapted = log_probabilities(model, inputs)
     cost = WeightCost()
     if dtype is None:
-        with _stored_layers(model, None, cost):
+        with _stored_layers(model, None, cost, rounding):
             found = divergence(adapted, log_probabilities(model, inputs))
             save_quantized(model, tokenizer, folder, max_shard_bytes=max_shard_bytes)
     else:
@@ -106,16 +109,19 @@ class _RoundedLinear(nn.Module):
 
 
 @contextmanager
-def _stored_layers(model: Model, dtype: torch.dtype | None, cost: WeightCost) -> Iterator[None]:
+def _stored_layers(
+    model: Model, dtype: torch.dtype | None, cost: WeightCost, rounding: str = "stochastic"
+) -> Iterator[None]:
     """Within it, the model's 4-bit layers are what the folder will hold of them."""
     names_of = places(model)
     originals = dict(quantized_layers(model))
+    generators = SeededGenerators()
     try:
         for name, layer in originals.items():
             if dtype is not None:
                 stored: nn.Module = _RoundedLinear(_merged(layer, dtype), layer.bias)
             elif isinstance(layer, QLoRALinear):
-                stored = _quantized_again(name, layer, cost)
+                stored = _quantized_again(name, layer, cost, rounding, generators)
             else:
                 continue
             replace(model, names_of[name], layer, stored)
@@ -125,11 +131,16 @@ def _stored_layers(model: Model, dtype: torch.dtype | None, cost: WeightCost) ->
             replace(model, names_of[name], model.get_submodule(name), layer)
 
 
-def _quantized_again(name: str, layer: QLoRALinear, cost: WeightCost) -> Linear4bit:
-    new = layer.base()
-    merged = layer.merged_weight()
-    new.quantize_weight(merged, name=f"the merged {name}.weight")
-    cost.add(name, layer, merged, dequantize_4bit(new.weight, new.quant_state, torch.float32))
+def _quantized_again(
+    name: str, layer: QLoRALinear, cost: WeightCost, rounding: str, generators: SeededGenerators
+) -> Linear4bit:
+    try:
+        packed, state = layer.quantized_again(rounding, generators[layer.weight.device])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    cost.add(name, layer, layer.merged_weight(), dequantize_4bit(packed, state, torch.float32))
+    new = Linear4bit.from_tensors(packed, state, layer.bias)
+    new.fan_in_fan_out = layer.fan_in_fan_out
     return new
 
 

@@ -29,6 +29,7 @@ from qlora_native.module_tree import (
     sharing,
 )
 from qlora_native.quant_state import WEIGHT_DTYPES
+from qlora_native.requantize import SeededGenerators
 from qlora_native.targets import near, output_embedding_names, pattern_value, select
 
 __all__ = [
@@ -297,16 +298,20 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.adapter_enabled = True
 
 
-def merge(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+def merge(
+    model: nn.Module, dtype: torch.dtype | None = None, *, rounding: str = "stochastic"
+) -> None:
     """Merge the adapters into the weights, in place.
 
     Without dtype, each layer puts W + scaling * B A beside its base, quantized again (inference
-    without the adapters' products, twice the 4-bit bytes); `unmerge` restores every bit. With a
-    float dtype, every 4-bit linear becomes an nn.Linear of it, for good.
+    without the adapters' products, twice the 4-bit bytes); `unmerge` restores every bit. rounding
+    is QLoRALinear.quantized_again's: "stochastic" keeps what was learned, "nearest" little of it.
+    With a float dtype, every 4-bit linear becomes an nn.Linear of it, for good.
     """
     if dtype is None:
+        generators = SeededGenerators()
         for _, layer in lora_layers(model):
-            layer.merge()
+            layer.merge(rounding, generators[layer.weight.device])
         return
     names_of = places(model)
     for name, quantized in list(quantized_layers(model)):

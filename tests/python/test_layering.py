@@ -137,7 +137,7 @@ LEVELS = [
     {"_load", "_errors", "_core", "reference"},
     {"ops", "_fake"},
     {"autograd"},
-    {"quant_state", "bnb_keys", "functional"},
+    {"quant_state", "bnb_keys", "functional", "requantize"},
     {"linear", "lora", "nn", "optim"},
     {"anything else"},
     {"cli", "demo"},
