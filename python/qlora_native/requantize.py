@@ -46,7 +46,7 @@ def requantize_4bit(weight: Tensor, state: QuantState, generator: torch.Generato
     else:
         scales = state.absmax
     book = torch.tensor(_core.codebook(state.format), dtype=torch.float32, device=weight.device)
-    values, code_of = book.unique(sorted=True, return_inverse=True)
+    values, code_of = book.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     # The first code of each value: FP4 has two zeros.
     codes = torch.stack([(code_of == i).nonzero()[0, 0] for i in range(len(values))])
     codes = codes.to(torch.uint8)
