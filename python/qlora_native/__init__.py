@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from qlora_native import _fake as _fake
+from qlora_native import _inplace as _inplace
 from qlora_native import autograd as autograd
 from qlora_native import ops as ops
 from qlora_native._core import available_isas, build_info, codebook, cpu_isa, dynamic_map, force_isa

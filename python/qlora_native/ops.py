@@ -235,7 +235,18 @@ def linear_4bit_out(
     format: str = "nf4",
     bias: Tensor | None = None,
 ) -> None:
-    """linear_4bit into out [..., N], of x's dtype. Not differentiable."""
+    """linear_4bit into out [..., N], of x's dtype. Not differentiable.
+
+    Raises:
+        RuntimeError: x, bias or out requires a gradient while grad mode is on.
+    """
+    if torch.is_grad_enabled():
+        for name, tensor in (("x", x), ("bias", bias), ("out", out)):
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"linear_4bit_out is not differentiable, and {name} requires a gradient: call "
+                    "linear_4bit, or enter torch.no_grad()"
+                )
     _linear_4bit_out(
         x, packed, absmax, nested_absmax, nested_offset, blocksize, format, bias, out=out
     )

@@ -216,3 +216,32 @@ def test_gradient_checkpointing_gives_the_same_bits(leaves: dict[str, Tensor]) -
     recomputed = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
     for got, wanted in zip(gradients(recomputed), gradients(layer(x)), strict=True):
         assert torch.equal(got, wanted)
+
+
+HYPER = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+
+
+def test_a_backward_pass_over_an_updated_parameter_is_refused() -> None:
+    param = torch.ones(8, requires_grad=True)
+    loss = param.square().sum()
+    state = [torch.zeros(8)], [torch.zeros(8)]
+    with torch.no_grad():
+        ops.adamw_step([param], [torch.ones(8)], *state, **HYPER)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_writing_into_an_output_is_counted() -> None:
+    out = torch.zeros(3, 24)
+    ops.linear_4bit_out(torch.randn(3, 40), *W.tensors, out)
+    assert out._version == 1
+    with torch.inference_mode():
+        ops.linear_4bit_out(torch.randn(3, 40), *W.tensors, torch.zeros(3, 24))
+
+
+def test_writing_into_an_output_has_no_gradient_and_says_so() -> None:
+    x = torch.randn(3, 40, requires_grad=True)
+    with pytest.raises(RuntimeError, match="linear_4bit_out is not differentiable, and x requires"):
+        ops.linear_4bit_out(x, *W.tensors, torch.zeros(3, 24))
+    with torch.no_grad():
+        ops.linear_4bit_out(x, *W.tensors, torch.zeros(3, 24))
