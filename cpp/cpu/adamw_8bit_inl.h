@@ -3,7 +3,7 @@
 //
 // A block of 256 values is decoded, updated in fp32 and encoded again without leaving the L1 cache.
 // The parameter moves by the new moments as they are before encoding, as bitsandbytes has it; codes
-// are the nearest ones (codes_8bit_inl.h), scaled by the block's new absmax.
+// are the nearest ones (codes_8bit_inl.h) to a value times 1 / absmax, by the block's new absmax.
 //
 // Where a gradient, or its square, is not finite, the value keeps its parameter and its moments:
 // otherwise the block's absmax would carry it into 255 neighbours.
@@ -40,6 +40,11 @@ void store_codes_n(std::uint8_t* codes, typename V::I code, std::int64_t count) 
   for (int i = 0; i < count; ++i) codes[i] = lanes[i];
 }
 
+// Whether x * (1 / absmax) loses nothing to the subnormals: second moments do get so small.
+constexpr bool has_normal_inverse(float absmax) {
+  return absmax >= 0x1p-120f && absmax <= 0x1p120f;
+}
+
 // One moment of one block in fp32, between decoding and encoding.
 template <class V>
 struct MomentBlock {
@@ -54,17 +59,27 @@ struct MomentBlock {
     largest = V::max_magnitude(largest, value);
   }
 
-  // A block of zeros has absmax 0 and the codes of zero.
   void encode(const DynamicCodes& map, std::int64_t count, std::uint8_t* codes, float* absmax) {
     *absmax = V::reduce_max_magnitude(largest);
-    const F scale = V::set1(*absmax == 0.0f ? 1.0f : *absmax);
-    for (std::int64_t i = 0; i < count; i += V::kWidth) {
-      const auto code = encode_8bit<V>(map, V::div(V::load(values + i), scale));
-      if (i + V::kWidth <= count) {
-        V::store_bytes(codes + i, code);
-      } else {
-        store_codes_n<V>(codes + i, code, count - i);
-      }
+    if (has_normal_inverse(*absmax)) {
+      const F inverse = V::set1(1.0f / *absmax);
+      encode_values(map, count, codes, [&](F v) { return V::mul(v, inverse); });
+    } else {  // a block of zeros has absmax 0 and the codes of zero
+      const F divisor = V::set1(*absmax == 0.0f ? 1.0f : *absmax);
+      encode_values(map, count, codes, [&](F v) { return V::div(v, divisor); });
+    }
+  }
+
+  template <class Normalize>
+  void encode_values(const DynamicCodes& map, std::int64_t count, std::uint8_t* codes,
+                     const Normalize& normalize) {
+    std::int64_t i = 0;
+    for (; i + V::kWidth <= count; i += V::kWidth) {
+      V::store_bytes(codes + i, encode_8bit<V>(map, normalize(V::load(values + i))));
+    }
+    if (i < count) {
+      const auto code = encode_8bit<V>(map, normalize(V::load(values + i)));
+      store_codes_n<V>(codes + i, code, count - i);
     }
   }
 };

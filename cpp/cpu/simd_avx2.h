@@ -126,10 +126,10 @@ struct Avx2 {
     _mm_storeu_si64(p, _mm_packus_epi16(words, words));
   }
   static F gather(const float* base, I index) { return _mm256_i32gather_ps(base, index, 4); }
-  static I gather_bytes(const std::uint8_t* base, I index) {
-    const I words = _mm256_i32gather_epi32(reinterpret_cast<const int*>(base), index, 1);
-    return bit_and(words, set1_int(0xFF));
+  static I gather(const std::int32_t* base, I index) {
+    return _mm256_i32gather_epi32(base, index, 4);
   }
+  static F lookup_256(const float* entries, I index) { return gather(entries, index); }
 
   // ---- 4-bit codes ----
   // Every lane takes all four bytes and shifts its own nibble to the bottom: one load, one shift.

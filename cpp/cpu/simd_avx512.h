@@ -122,8 +122,25 @@ struct Avx512 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
   }
   static F gather(const float* base, I index) { return _mm512_i32gather_ps(index, base, 4); }
-  static I gather_bytes(const std::uint8_t* base, I index) {
-    return bit_and(_mm512_i32gather_epi32(index, base, 1), set1_int(0xFF));
+  static I gather(const std::int32_t* base, I index) {
+    return _mm512_i32gather_epi32(index, base, 4);
+  }
+  // Eight two-register permutations of 32 entries each, the right one chosen by the index's upper
+  // bits: half the time of a gather (Zen 4, 2026-11-24).
+  static F lookup_256(const float* entries, I index) {
+    const auto of_32 = [&](int part) {
+      return _mm512_permutex2var_ps(load(entries + 32 * part), index,
+                                    load(entries + 32 * part + 16));
+    };
+    const __mmask16 odd_32 = _mm512_test_epi32_mask(index, set1_int(32));
+    const __mmask16 odd_64 = _mm512_test_epi32_mask(index, set1_int(64));
+    const __mmask16 odd_128 = _mm512_test_epi32_mask(index, set1_int(128));
+    const auto of_64 = [&](int part) {
+      return _mm512_mask_blend_ps(odd_32, of_32(2 * part), of_32(2 * part + 1));
+    };
+    const F lower = _mm512_mask_blend_ps(odd_64, of_64(0), of_64(1));
+    const F upper = _mm512_mask_blend_ps(odd_64, of_64(2), of_64(3));
+    return _mm512_mask_blend_ps(odd_128, lower, upper);
   }
 
   // ---- 4-bit codes ----

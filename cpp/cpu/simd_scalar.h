@@ -165,10 +165,11 @@ struct Scalar {
   static F gather(const float* base, I index) {
     return map([=](int i) { return base[index.lane[i]]; });
   }
-  // A vector path reads up to three bytes past the one asked for.
-  static I gather_bytes(const std::uint8_t* base, I index) {
-    return map_int([=](int i) { return static_cast<std::int32_t>(base[index.lane[i]]); });
+  static I gather(const std::int32_t* base, I index) {
+    return map_int([=](int i) { return base[index.lane[i]]; });
   }
+  // From a table of 256 entries: a path may hold it in registers.
+  static F lookup_256(const float* entries, I index) { return gather(entries, index); }
 
   // ---- 4-bit codes: two to a byte, the first in the high nibble ----
   // kWidth codes from kWidth / 2 bytes. A code is the low four bits of its lane; what the other

@@ -141,8 +141,14 @@ def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     n, n_blocks = x.numel(), -(-x.numel() // BLOCKSIZE)
     padded = torch.nn.functional.pad(x, (0, n_blocks * BLOCKSIZE - n))
     absmax = padded.view(n_blocks, BLOCKSIZE).abs().amax(dim=1)
+    has_normal_inverse = (absmax >= 2.0**-120) & (absmax <= 2.0**120)
     divisor = torch.where(absmax == 0, 1.0, absmax)
-    return nearest_code(x / per_value(divisor, n), signed), absmax
+    normed = torch.where(
+        per_value(has_normal_inverse, n),
+        x * per_value(1.0 / absmax, n),
+        x / per_value(divisor, n),
+    )
+    return nearest_code(normed, signed), absmax
 
 
 def decode(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
