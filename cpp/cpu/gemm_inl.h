@@ -55,10 +55,6 @@ struct Range {
   }
 };
 
-[[gnu::always_inline]] inline std::int64_t least(std::int64_t a, std::int64_t b) {
-  return a < b ? a : b;
-}
-
 template <class V>
 class GemmRun {
  public:
@@ -166,19 +162,18 @@ class GemmRun {
     for (std::int64_t m = rows.begin; m < rows.end; ++m) {
       const float* row = block_ + (m - rows.begin) * Gemm<V>::kCols - cols.begin;
       T* out = static_cast<T*>(output_.data) + m * output_.row_stride;
-      for (std::int64_t c = cols.begin; c < cols.end; c += V::kWidth) {
-        const std::int64_t n = cols.end - c < V::kWidth ? cols.end - c : V::kWidth;
-        auto v = started ? V::load(row + c) : V::zero();
-        if (bias != nullptr) v = V::add(v, V::load_n(bias + c, n));
-        if (output_.col_stride == 1) {
-          V::store_n(out + c, v, n);
-        } else {
-          float lanes[V::kWidth];
-          V::store(lanes, v);
-          for (int i = 0; i < n; ++i) {
-            out[(c + i) * output_.col_stride] = from_float<T>(lanes[i]);
-          }
+      std::int64_t c = cols.begin;
+      if (output_.col_stride == 1) {
+        for (; c + V::kWidth <= cols.end; c += V::kWidth) {
+          auto v = started ? V::load(row + c) : V::zero();
+          if (bias != nullptr) v = V::add(v, V::load(bias + c));
+          V::store(out + c, v);
         }
+      }
+      for (; c < cols.end; ++c) {
+        const float value = started ? row[c] : 0.0f;
+        out[c * output_.col_stride] =
+            from_float<T>(bias == nullptr ? value : value + to_float(bias[c]));
       }
     }
   }

@@ -87,7 +87,6 @@ template <class V>
                                                     std::int64_t rows, std::int64_t depth_begin,
                                                     std::int64_t depth, std::int64_t part,
                                                     std::int64_t n_parts) {
-  constexpr std::int64_t kCacheLine = 64;
   if (operand.depth_stride != 1) return;
   const std::int64_t size = size_of(operand.dtype);
   for (std::int64_t i = rows * part / n_parts; i < rows * (part + 1) / n_parts; ++i) {

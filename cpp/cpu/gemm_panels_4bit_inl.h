@@ -59,17 +59,19 @@ void pack_weight_lanes(const WholeRows<V>& rows, std::int64_t row, std::int64_t 
   constexpr std::int64_t kStepsPerWord =
       kProduct == Product::bf16_pairs ? kCodesPerWord / 2 : kCodesPerWord;
   constexpr std::int64_t kMaxRuns = 2 * Gemm<V>::kSteps / WholeRows<V>::kMinRun;
+  std::int64_t lane_rows[kWidth];
   const std::uint8_t* codes[kWidth];
-  float scales[kMaxRuns][kWidth];
-  const std::int64_t n_runs = ceil_div(depth, std::int64_t{1} << rows.run_shift);
   for (int i = 0; i < kWidth; ++i) {
     // Lanes past the last row repeat it; their columns of C are never written out.
-    const std::int64_t safe_row = row + i < rows.weight.rows ? row + i : rows.weight.rows - 1;
-    codes[i] = rows.codes(safe_row, depth_begin);
-    float row_scales[kMaxRuns + kWidth];
-    rows.scales(safe_row, depth_begin, depth, row_scales);
-    for (std::int64_t j = 0; j < n_runs; ++j) scales[j][i] = row_scales[j];
+    lane_rows[i] = least(row + i, rows.weight.rows - 1);
+    codes[i] = rows.codes(lane_rows[i], depth_begin);
+    // The rows that come next: a row's part is too short for the hardware to see where it leads.
+    const std::uint8_t* next = rows.codes(row + kWidth + i, depth_begin);
+    for (std::int64_t at = 0; at < depth / 2; at += kCacheLine) V::prefetch(next + at);
   }
+  float scales[kMaxRuns][kWidth];
+  rows.lane_scales(lane_rows, depth_begin, ceil_div(depth, std::int64_t{1} << rows.run_shift),
+                   scales);
   const std::int64_t n_words = depth / kCodesPerWord;
   for (std::int64_t word = 0; word < n_words; word += kWidth) {
     const std::int64_t n = n_words - word < kWidth ? n_words - word : kWidth;
@@ -91,7 +93,7 @@ template <class V, Product kProduct>
 void pack_weight_columns(const Weight4bit& weight, const PanelBlock& block, float* panels) {
   const WholeRows<V> rows(weight);
   for (std::int64_t c = 0; c < block.cols; c += Gemm<V>::kPanelCols) {
-    for (int j = 0; j < Gemm<V>::kVecs; ++j) {
+    for (int j = 0; j < Gemm<V>::kVecs && c + j * V::kWidth < block.cols; ++j) {
       pack_weight_lanes<V, kProduct>(rows, block.col_begin + c + j * V::kWidth, block.depth_begin,
                                      block.depth, panels + j * V::kWidth);
     }
@@ -141,7 +143,6 @@ void pack_weight_rows(const Weight4bit& weight, const PanelBlock& block, float* 
         }
       }
     }
-    for (; c % kCols != 0; c += V::kWidth) V::store(place(d, c), V::zero());
   }
 }
 

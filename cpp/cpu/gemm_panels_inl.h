@@ -29,37 +29,43 @@ struct Source {
   Dropout dropout = {};  // of a dense matrix; the gain is applied
 };
 
-// out[0..count) = row `row` of the source's matrix from element `first` on.
-template <class V>
+// take(i, v) for the vectors v of row `row` of the source's matrix from element `first` on: element
+// first + i and its neighbours, 0 past the count. `scratch` holds a decoded row, `count` floats.
+template <class V, class Take>
 void read_row(const Source& source, std::int64_t row, std::int64_t first, std::int64_t count,
-              float* out) {
+              float* scratch, const Take& take) {
+  const auto read = [&](const auto* from, const auto& finish) {
+    std::int64_t i = 0;
+    for (; i + V::kWidth <= count; i += V::kWidth) take(i, finish(V::load(from + i), i));
+    if (i < count) take(i, finish(V::load_n(from + i, count - i), i));
+  };
+  const auto as_it_is = [](typename V::F v, std::int64_t) { return v; };
   if (source.weight != nullptr) {
-    return decode_run<V>(*source.weight, row * source.weight->cols + first, count, out);
+    decode_run<V>(*source.weight, row * source.weight->cols + first, count, scratch);
+    return read(scratch, as_it_is);
   }
-  const DropoutRow<V> mask(source.dropout, row);
-  const auto gain = V::set1(source.dropout.gain);
   dispatch_dtype(source.dtype, [&]<class T>() {
     const T* from = static_cast<const T*>(source.data) + row * source.row_stride + first;
-    for (std::int64_t i = 0; i < count; i += V::kWidth) {
-      const std::int64_t n = count - i < V::kWidth ? count - i : V::kWidth;
-      auto v = V::load_n(from + i, n);
-      if (source.dropout.active) v = mask.apply(V::mul(v, gain), first + i);
-      V::store_n(out + i, v, n);
-    }
+    if (!source.dropout.active) return read(from, as_it_is);
+    const DropoutRow<V> mask(source.dropout, row);
+    const auto gain = V::set1(source.dropout.gain);
+    read(from,
+         [&](typename V::F v, std::int64_t i) { return mask.apply(V::mul(v, gain), first + i); });
   });
 }
 
-// Rows of the matrix are depths: a run of a row is a run of a panel's row.
+// Rows of the matrix are depths: a run of a row is a run of every panel's row.
 template <class V>
 void pack_rows(const Source& source, const PanelBlock& block, float* panels) {
   constexpr std::int64_t kCols = Gemm<V>::kPanelCols;
+  float scratch[Gemm<V>::kCols];
   for (std::int64_t d = 0; d < block.depth; ++d) {
-    float* to = panels + d * kCols;
-    for (std::int64_t c = 0; c < block.cols; c += kCols, to += Gemm<V>::kPanelSize) {
-      const std::int64_t n = block.cols - c < kCols ? block.cols - c : kCols;
-      read_row<V>(source, block.depth_begin + d, block.col_begin + c, n, to);
-      for (std::int64_t i = n; i < kCols; ++i) to[i] = 0.0f;
-    }
+    float* step = panels + d * kCols;
+    const auto place = [&](std::int64_t c) {
+      return step + c / kCols * Gemm<V>::kPanelSize + c % kCols;
+    };
+    read_row<V>(source, block.depth_begin + d, block.col_begin, block.cols, scratch,
+                [&](std::int64_t c, typename V::F v) { V::store(place(c), v); });
   }
 }
 
@@ -67,21 +73,23 @@ void pack_rows(const Source& source, const PanelBlock& block, float* panels) {
 template <class V>
 void pack_columns(const Source& source, const PanelBlock& block, float* panels) {
   constexpr std::int64_t kCols = Gemm<V>::kPanelCols;
-  float row[Gemm<V>::kSteps];
-  for (std::int64_t c = 0; c < ceil_div(block.cols, kCols) * kCols; ++c) {
+  float scratch[Gemm<V>::kSteps];
+  for (std::int64_t c = 0; c < ceil_div(block.cols, V::kWidth) * V::kWidth; ++c) {
     float* to = panels + c / kCols * Gemm<V>::kPanelSize + c % kCols;
-    if (c < block.cols) {
-      read_row<V>(source, block.col_begin + c, block.depth_begin, block.depth, row);
-      for (std::int64_t d = 0; d < block.depth; ++d) to[d * kCols] = row[d];
-    } else {
-      for (std::int64_t d = 0; d < block.depth; ++d) to[d * kCols] = 0.0f;
-    }
+    const std::int64_t col = least(c, block.cols - 1);
+    read_row<V>(source, block.col_begin + col, block.depth_begin, block.depth, scratch,
+                [&](std::int64_t d, typename V::F v) {
+                  float lanes[V::kWidth];
+                  V::store(lanes, v);
+                  const std::int64_t n = least(V::kWidth, block.depth - d);
+                  for (std::int64_t i = 0; i < n; ++i) to[(d + i) * kCols] = lanes[i];
+                });
   }
 }
 
-// Packs `block` of the source into consecutive panels of kPanelSize; columns past the last are 0 or
-// repeat it: whatever they hold never reaches C. Pairs
-// are made of 4-bit weights of whole vectors only (see product_of).
+// Packs `block` of the source into consecutive panels of kPanelSize, as many whole vectors of each
+// as hold a column: what lanes past the last column hold never reaches C. Pairs are made of 4-bit
+// weights of whole vectors only (see product_of).
 template <class V, Product kProduct>
 void pack_panels(const Source& source, const PanelBlock& block, float* panels) {
   if (source.weight != nullptr && WholeRows<V>::fits(*source.weight)) {

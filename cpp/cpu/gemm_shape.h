@@ -11,6 +11,12 @@
 
 namespace qlora::cpu {
 
+inline constexpr std::int64_t kCacheLine = 64;
+
+[[gnu::always_inline]] constexpr std::int64_t least(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+
 // What all instruction sets share.
 struct GemmBlocking {
   static constexpr int kVecs = 2;

@@ -30,6 +30,17 @@ template <class V>
   for (std::int64_t i = 0; i < n; ++i) out[i] = kDynamicMapSigned[codes[i]];
 }
 
+// out[j][i] = map[codes[blocks[i] + j]], likewise.
+template <class V>
+[[gnu::optimize("no-tree-vectorize")]] void read_lane_map(const std::uint8_t* codes,
+                                                          const std::int64_t (&blocks)[V::kWidth],
+                                                          std::int64_t n, float (*out)[V::kWidth]) {
+  for (int i = 0; i < V::kWidth; ++i) {
+    const std::uint8_t* from = codes + blocks[i];
+    for (std::int64_t j = 0; j < n; ++j) out[j][i] = kDynamicMapSigned[from[j]];
+  }
+}
+
 // out[i] = the scale of block first + i.
 //
 // The arithmetic on vectors waits until the whole map is read: a wide load right behind the narrow

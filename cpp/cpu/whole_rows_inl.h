@@ -54,11 +54,45 @@ struct WholeRows {
     }
   }
 
+  // out[j][i] = the scale of row rows[i]'s j-th run from `col` on: the lanes of a panel.
+  void lane_scales(const std::int64_t (&lane_rows)[V::kWidth], std::int64_t col,
+                   std::int64_t n_runs, float (*out)[V::kWidth]) const {
+    if (!weight.scales.double_quantized() || run_shift != block_shift) {
+      return any_lane_scales(lane_rows, col, n_runs, out);
+    }
+    std::int64_t blocks[V::kWidth];
+    float nested_absmax[V::kWidth];
+    for (int i = 0; i < V::kWidth; ++i) {
+      blocks[i] = (lane_rows[i] * weight.cols + col) >> block_shift;
+      nested_absmax[i] = weight.scales.nested_absmax[blocks[i] / kNestedBlocksize];
+      // Rows whose runs are of two nested blocks are few: all are done one by one then.
+      if (blocks[i] % kNestedBlocksize + n_runs > kNestedBlocksize) {
+        return any_lane_scales(lane_rows, col, n_runs, out);
+      }
+    }
+    read_lane_map<V>(weight.scales.absmax_q8, blocks, n_runs, out);
+    const auto factor = V::load(nested_absmax), offset = V::set1(*weight.scales.nested_offset);
+    for (std::int64_t j = 0; j < n_runs; ++j) {
+      V::store(out[j], V::add(V::mul(V::load(out[j]), factor), offset));
+    }
+  }
+
   const Weight4bit& weight;
   typename V::Table table;
   int block_shift;
   int run_shift;
   std::int32_t run_of_word[V::kWidth];  // of a vector of words that starts with a run: which run
+
+ private:
+  void any_lane_scales(const std::int64_t (&lane_rows)[V::kWidth], std::int64_t col,
+                       std::int64_t n_runs, float (*out)[V::kWidth]) const {
+    for (int i = 0; i < V::kWidth; ++i) {
+      const std::int64_t first = lane_rows[i] * weight.cols + col;
+      for (std::int64_t j = 0; j < n_runs; ++j) {
+        out[j][i] = block_scale<V>(weight.scales, (first + (j << run_shift)) >> block_shift);
+      }
+    }
+  }
 };
 
 }  // namespace qlora::cpu
