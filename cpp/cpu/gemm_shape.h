@@ -22,8 +22,8 @@ struct GemmBlocking {
   static constexpr int kVecs = 2;
   static constexpr std::int64_t kSteps = 384;
   static constexpr std::int64_t kRunSteps = 128;  // that one sum in registers takes
-  static constexpr std::int64_t kSlimRunSteps =
-      16;  // the same where C is one vector wide: u = x A^T
+  // The same where C is one vector wide (u = x A^T), where MKL's sums are shorter, too.
+  static constexpr std::int64_t kSlimRunSteps = 16;
   static constexpr std::int64_t kOperandStride = kSteps + 16;  // a power of two would alias in L1
   static constexpr std::int64_t kRowChunk = 512;
 };

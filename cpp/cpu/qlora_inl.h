@@ -106,11 +106,18 @@ Status qlora_grad_b(const QloraLinearBackwardParams& p, const Context& context) 
 template <class V, class T>
 void column_sums(const T* rows, std::int64_t m, std::int64_t n, const Context& context, T* sums) {
   constexpr std::int64_t kGrain = 256;
+  constexpr std::int64_t kRun = 32;  // rows to a partial sum: one long sum loses bits
   parallel_for(context, ceil_div(n, V::kWidth), kGrain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t c = begin * V::kWidth; c < end * V::kWidth; c += V::kWidth) {
-      const std::int64_t count = n - c < V::kWidth ? n - c : V::kWidth;
+      const std::int64_t count = least(V::kWidth, n - c);
       auto sum = V::zero();
-      for (std::int64_t i = 0; i < m; ++i) sum = V::add(sum, V::load_n(rows + i * n + c, count));
+      for (std::int64_t first = 0; first < m; first += kRun) {
+        auto part = V::zero();
+        for (std::int64_t i = first; i < least(first + kRun, m); ++i) {
+          part = V::add(part, V::load_n(rows + i * n + c, count));
+        }
+        sum = V::add(sum, part);
+      }
       V::store_n(sums + c, sum, count);
     }
   });
