@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -88,6 +89,13 @@ def sentinels() -> Iterator[Sentinels]:
         after = (buffer[end:] != _SENTINEL).nonzero()
         assert before.numel() == 0, f"wrote {begin - int(before[0])} bytes before the tensor"
         assert after.numel() == 0, f"wrote {int(after[-1]) + 1} bytes past the tensor's end"
+
+
+def pytest_configure() -> None:
+    # A shell starts its background jobs with SIGINT ignored, and their children inherit that: the
+    # tests that interrupt a child of theirs would then wait for something that never comes.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
