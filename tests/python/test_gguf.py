@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,15 @@ def test_a_truncated_file_is_refused(file: Path, tmp_path: Path, size: int) -> N
     short.write_bytes(file.read_bytes()[:size])
     with pytest.raises(CheckpointError, match=r"short.gguf cannot be read as a GGUF model"):
         load_model(short)
+
+
+@pytest.mark.parametrize("package", ["accelerate", "gguf"])
+def test_a_missing_package_is_not_called_a_damaged_file(
+    file: Path, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=package):
+        load_model(file)
 
 
 def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ _EXTRA_OF = {
     "accelerate": "hf",
     "yaml": "cli",
     "rich": "cli",
-    "matplotlib": "demo",
+    "matplotlib": "cli",
 }
 _OUT_OF_MEMORY = (
     "out of memory",

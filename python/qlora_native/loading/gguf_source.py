@@ -80,7 +80,9 @@ def _check(path: Path) -> None:
         raise CheckpointError(
             f"{path} is no GGUF file: it begins with {magic!r} instead of {_MAGIC!r}"
         )
-    import gguf  # noqa: F401  (transformers' own message about it is longer than a screen)
+    # transformers' own message about a missing one is longer than a screen, or no ImportError.
+    import accelerate  # noqa: F401
+    import gguf  # noqa: F401
 
 
 @contextmanager
