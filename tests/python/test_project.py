@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,17 @@ def test_the_readme_names_only_targets_that_exist() -> None:
     for page in ("README.md", "CONTRIBUTING.md"):
         used = re.findall(r"\bmake ([a-z][a-z-]*)\b", "\n".join(commands(text(page))))
         assert set(used) <= make_targets(), page
+
+
+def test_the_readme_s_command_lines_parse() -> None:
+    typer = pytest.importorskip("typer")
+    from qlora_native.cli.__main__ import app
+
+    lines = [c for c in commands(text("README.md")) if c.startswith("qlora-native ")]
+    assert len(lines) >= 6
+    for line in lines:
+        name, *words = shlex.split(line)[1:]
+        typer.main.get_command(app).commands[name].make_context(name, words)
 
 
 def test_the_readme_installs_torch_first_and_without_isolation() -> None:
