@@ -55,7 +55,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "read_bytes": row.case.read,
             "write_bytes": row.case.write,
             "flops": row.case.flops,
-            "limit_seconds": row.limit,
+            "limit_seconds": row.limit(),
             "of_limit": row.of_limit(),
             "contenders": {
                 name: {
