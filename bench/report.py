@@ -70,7 +70,8 @@ def _head(info: dict[str, Any], measured: limits.Limits) -> str:
         "shuffled rounds. *Median* and *best* are ours; *of limit* is the least time that the",
         "machine's measured limits allow over our best; *vs peer* is the median over rounds of its",
         "time over ours, and",
-        f"{tables.SLOWER} marks what a peer does faster.",
+        f"{tables.SLOWER} marks what a peer does faster. Ours is forced to each ISA in turn; the",
+        "peers keep the widest one that they know.",
         "",
         f"- {info['processor']} (family/model {info['family_model']}), {info['cores']} cores, "
         f"{info['threads']} threads used, {info['memory']}; ISAs {', '.join(info['isas'])}",

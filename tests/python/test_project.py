@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +88,10 @@ def test_every_extra_that_the_pages_name_exists() -> None:
     for page in ("README.md", "CONTRIBUTING.md"):
         for group in re.findall(r"'\.\[([\w,]+)\]'", text(page)):
             assert set(group.split(",")) <= extras, page
+
+
+def test_the_readme_has_the_report_s_figures() -> None:
+    text("docs/benchmarks.json")
+    command = [sys.executable, "-m", "bench.readme", "--check"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
