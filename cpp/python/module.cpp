@@ -64,6 +64,7 @@ py::dict build_info() {
   info["isas_built"] = names(qlora::cpu::built_isa);
   info["isas_available"] = available_isas();
   info["isa"] = qlora::cpu::isa_name();
+  info["huge_pages"] = qlora::huge_pages();
   info["cuda"] = "no: this build has no CUDA kernels";
   return info;
 }

@@ -1,5 +1,7 @@
 #include "stable.h"
 
+#include "huge_pages.h"
+
 namespace qlora::torch_ops {
 
 Tensor empty_on(const Tensor& like, std::span<const std::int64_t> shape, ScalarType dtype) {
@@ -14,7 +16,13 @@ Tensor empty_on(const Tensor& like, std::span<const std::int64_t> shape, ScalarT
       static_cast<std::int64_t>(shape.size()), shape.data(), strides.data(),
       ::torch::stable::detail::to<std::int32_t>(::torch::stable::detail::from(dtype)), device_type,
       like.get_device_index(), &handle));
-  return Tensor(handle);
+  const Tensor tensor(handle);
+  if (tensor.is_cpu()) {
+    advise_huge_pages(
+        tensor.mutable_data_ptr(),
+        static_cast<std::size_t>(tensor.numel()) * static_cast<std::size_t>(tensor.element_size()));
+  }
+  return tensor;
 }
 
 }  // namespace qlora::torch_ops

@@ -8,4 +8,7 @@ namespace qlora {
 // Threads that an op may use: torch.get_num_threads().
 QLORA_EXPORT int num_threads();
 
+// Whether, and for which outputs, the ops ask for huge pages.
+QLORA_EXPORT const char* huge_pages();
+
 }  // namespace qlora
