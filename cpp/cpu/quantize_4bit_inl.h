@@ -8,8 +8,10 @@
 // values zero and itself the highest code.
 //
 // A block is read twice, the second time from the L1 cache (at most 16 kB), and its codes are
-// packed in registers, 32 at a time. The search costs about as much as reading bf16 from memory,
-// less than reading fp32.
+// packed in registers, 32 at a time. The search is the limit: values come as quickly from memory as
+// from the L2 cache, and prefetching the next group only cost instructions. A million values a
+// millisecond and thread (Zen 4, 3.66 GHz, blocks of 64, 2026-11-24): AVX-512 NF4 5.9 of any dtype,
+// FP4 4.9 of 16 bits; AVX2 4.0 of fp32, 5.5 of 16 bits.
 #pragma once
 
 #include <cstdint>
@@ -44,19 +46,21 @@ template <class V>
 struct Encoder4bit {
   typename V::Midpoints midpoints;
   typename V::Bins bins;
+  typename V::HalfMidpoints half_midpoints;
   typename V::Bytes order;
   std::uint8_t zero_code;
 
   explicit Encoder4bit(const Format& format)
       : midpoints(V::midpoints(format.midpoints)),
         bins(V::bins(format.midpoints)),
+        half_midpoints(V::half_midpoints(format.midpoints)),
         order(V::bytes(format.order)),
         zero_code(format.zero_code) {}
 };
 
 // How a block's codes are found.
 enum class Search {
-  binned,     // quickest; codes ascend with their values, midpoints fit the bins, all values finite
+  binned,     // where V has bins; codes ascend, midpoints fit the bins, all values are finite
   ascending,  // codes ascend with their values
   any,
 };
@@ -112,18 +116,59 @@ constexpr std::int64_t blocks_in_group(std::int64_t blocksize) {
   return blocksize < kGroupValues ? kGroupValues / blocksize : 1;
 }
 
+// A group of full blocks, whose absmax is known.
+template <class T>
+struct Group {
+  const T* x;
+  std::int64_t blocks;
+  std::int64_t blocksize;
+  std::uint8_t* packed;
+  const float* divisor;  // [blocks]
+  const float* factor;   // [blocks], 1 / divisor
+};
+
 template <class V, Search kSearch, class T>
-[[gnu::always_inline]] inline void encode_group(const Encoder4bit<V>& encoder, const T* x,
-                                                std::int64_t blocks, std::int64_t blocksize,
-                                                const float* inverse, std::uint8_t* packed) {
-  for (std::int64_t block = 0; block < blocks; ++block) {
-    const auto factor = V::set1(inverse[block]);
+[[gnu::always_inline]] inline void encode_group(const Encoder4bit<V>& encoder,
+                                                const Group<T>& group) {
+  const T* x = group.x;
+  std::uint8_t* packed = group.packed;
+  for (std::int64_t block = 0; block < group.blocks; ++block) {
+    const auto factor = V::set1(group.factor[block]);
     const auto normalize = [&](typename V::F v) { return V::mul(v, factor); };
-    for (std::int64_t i = 0; i < blocksize; i += kChunk) {
-      encode_chunk<V, kSearch>(encoder, x + i, normalize, packed + i / 2);
+    for (std::int64_t i = 0; i < group.blocksize; i += kChunk) {
+      encode_chunk<V, kSearch>(encoder, x, normalize, packed);
+      x += kChunk;
+      packed += kChunk / 2;
     }
-    x += blocksize;
-    packed += blocksize / 2;
+  }
+}
+
+// The same codes of 16-bit values, found among integers: x times the factor, rounded, lies above a
+// midpoint where x lies above the largest T of which that is not so. Fifteen such bounds a block
+// make the search one of twice as many lanes. They are found for all blocks first: with each
+// block's search waiting for its bounds, the whole took 1.25 times as long.
+template <class V, class T>
+[[gnu::always_inline]] inline void encode_group_halves(const Encoder4bit<V>& encoder,
+                                                       const Group<T>& group) {
+  constexpr int kVectors = kChunk / V::kHalves;
+  std::int16_t bounds[kMaxGroup][16];
+  for (std::int64_t block = 0; block < group.blocks; ++block) {
+    V::template store_half_bounds<T>(bounds[block], encoder.half_midpoints, group.divisor[block],
+                                     group.factor[block]);
+  }
+  const T* x = group.x;
+  std::uint8_t* packed = group.packed;
+  for (std::int64_t block = 0; block < group.blocks; ++block) {
+    const auto of_block = V::load_half_bounds(bounds[block]);
+    for (std::int64_t i = 0; i < group.blocksize; i += kChunk) {
+      typename V::H counts[kVectors];
+      for (int j = 0; j < kVectors; ++j) {
+        counts[j] = V::count_above_bounds(of_block, V::load_ordered(x + j * V::kHalves));
+      }
+      V::pack_counts(packed, counts, encoder.order);
+      x += kChunk;
+      packed += kChunk / 2;
+    }
   }
 }
 
@@ -131,18 +176,23 @@ template <class V, Search kSearch, class T>
 void encode_full_blocks(const Encoder4bit<V>& shared, const T* x, std::int64_t blocks,
                         std::int64_t blocksize, std::uint8_t* packed, float* absmax) {
   const Encoder4bit<V> encoder = shared;  // a local one, which no store can alias
-  float inverse[kMaxGroup];
+  float divisor[kMaxGroup], factor[kMaxGroup];
   bool finite = true;
   for (std::int64_t block = 0; block < blocks; ++block) {
     absmax[block] = largest_magnitude<V>(x + block * blocksize, blocksize);
-    const float divisor = absmax[block] < kSmallestDivisor ? kSmallestDivisor : absmax[block];
-    inverse[block] = 1.0f / divisor;
-    finite &= divisor <= kLargestFloat;
+    divisor[block] = absmax[block] < kSmallestDivisor ? kSmallestDivisor : absmax[block];
+    factor[block] = 1.0f / divisor[block];
+    finite &= divisor[block] <= kLargestFloat;
   }
-  if (kSearch == Search::ascending && finite) {
-    encode_group<V, Search::binned>(encoder, x, blocks, blocksize, inverse, packed);
+  const Group<T> group{x, blocks, blocksize, packed, divisor, factor};
+  if (!finite) return encode_group<V, kSearch>(encoder, group);
+  constexpr bool kBins = V::kHasBins && kSearch == Search::ascending;
+  if constexpr (kBins) {
+    encode_group<V, Search::binned>(encoder, group);
+  } else if constexpr (sizeof(T) == 2 && V::kHasHalfBounds) {
+    encode_group_halves<V>(encoder, group);
   } else {
-    encode_group<V, kSearch>(encoder, x, blocks, blocksize, inverse, packed);
+    encode_group<V, kSearch>(encoder, group);
   }
 }
 

@@ -8,10 +8,11 @@
 #include <cstring>
 
 #include "qlora_native/types.h"
+#include "simd_avx2_halves.h"
 
 namespace qlora::cpu {
 
-struct Avx2 {
+struct Avx2 : Avx2Halves {
   static constexpr const char* kName = "avx2";
   static constexpr int kWidth = 8;
   using F = __m256;
@@ -79,26 +80,6 @@ struct Avx2 {
     x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0b1110));
     x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0b0001));
     return _mm_cvtss_f32(_mm_castsi128_ps(x));
-  }
-
-  // ---- 16-bit elements, by their bits ----
-  static constexpr int kHalves = 2 * kWidth;
-  using H = __m256i;
-  static H zero_halves() { return _mm256_setzero_si256(); }
-  static float widen(Float16 value) { return _cvtsh_ss(value.bits); }
-  static float widen(BFloat16 value) {
-    return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16);
-  }
-  template <class T>
-  static H max_magnitude_halves(H magnitude, const T* p) {
-    const H bits = _mm256_loadu_si256(reinterpret_cast<const H*>(p));
-    return _mm256_max_epi16(magnitude, _mm256_and_si256(bits, _mm256_set1_epi16(0x7FFF)));
-  }
-  // vphminposuw finds the smallest of eight: of the complements, that is the largest.
-  static std::uint16_t reduce_max_halves(H v) {
-    const __m128i x = _mm_max_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(x, _mm_set1_epi16(-1)));
-    return static_cast<std::uint16_t>(~_mm_cvtsi128_si32(smallest));
   }
 
   // ---- 32-bit integers ----
@@ -218,9 +199,9 @@ struct Avx2 {
     return sub(_mm256_setzero_si256(), count4);
   }
 
-  using Bins = Midpoints;
-  static Bins bins(const float* bounds) { return midpoints(bounds); }
-  static I count_below_binned(const Bins& b, F x) { return count_below(b, x); }
+  static constexpr bool kHasBins = false;
+  struct Bins {};
+  static Bins bins(const float*) { return {}; }
 
   using Bytes = __m256i;
   static Bytes bytes(const std::uint8_t* entries) {
@@ -229,35 +210,6 @@ struct Avx2 {
   // The upper bytes of an index are 0 and fetch entry 0, which is cut off.
   static I lookup_bytes(Bytes b, I index) {
     return bit_and(_mm256_shuffle_epi8(b, index), set1_int(0xFF));
-  }
-
-  // ---- 16-bit elements ----
-  template <class T>
-  static __m128i load_bits(const T* p) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  }
-  template <class T>
-  static void store_bits(T* p, __m128i bits) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
-  }
-  static F widen_f16(__m128i bits) { return _mm256_cvtph_ps(bits); }
-  static F widen_bf16(__m128i bits) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-  }
-  static __m128i narrow_f16(F v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
-  // Round to nearest even in integers; a NaN keeps its upper bits and is made quiet.
-  static __m128i narrow_bf16(F v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-    const __m256i chosen = _mm256_castps_si256(
-        _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), is_nan));
-    const __m256i high = _mm256_srli_epi32(chosen, 16);
-    const __m256i packed = _mm256_packus_epi32(high, high);
-    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
   }
 
   // All ones in the first n of eight 32-bit lanes.

@@ -9,10 +9,11 @@
 #include <cstring>
 
 #include "qlora_native/types.h"
+#include "simd_avx512_halves.h"
 
 namespace qlora::cpu {
 
-struct Avx512 {
+struct Avx512 : Avx512Halves {
   static constexpr const char* kName = "avx512";
   static constexpr int kWidth = 16;
   using F = __m512;
@@ -73,27 +74,6 @@ struct Avx512 {
 
   static float reduce_max_magnitude(F v) {
     return std::bit_cast<float>(_mm512_reduce_max_epi32(bits(v)));
-  }
-
-  // ---- 16-bit elements, by their bits ----
-  static constexpr int kHalves = 2 * kWidth;
-  using H = __m512i;
-  static H zero_halves() { return _mm512_setzero_si512(); }
-  static float widen(Float16 value) { return _cvtsh_ss(value.bits); }
-  static float widen(BFloat16 value) {
-    return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16);
-  }
-  template <class T>
-  static H max_magnitude_halves(H magnitude, const T* p) {
-    const H bits = _mm512_loadu_si512(p);
-    return _mm512_max_epi16(magnitude, _mm512_and_si512(bits, _mm512_set1_epi16(0x7FFF)));
-  }
-  // vphminposuw finds the smallest of eight: of the complements, that is the largest.
-  static std::uint16_t reduce_max_halves(H v) {
-    const __m256i x = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-    const __m128i y = _mm_max_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(y, _mm_set1_epi16(-1)));
-    return static_cast<std::uint16_t>(~_mm_cvtsi128_si32(smallest));
   }
 
   // ---- 32-bit integers ----
@@ -200,6 +180,7 @@ struct Avx512 {
   }
 
   // x falls into one of 31 bins, which knows how many bounds lie below it and the one inside it.
+  static constexpr bool kHasBins = true;
   struct Bins {
     F bound_low, bound_high;
     I below_low, below_high;
@@ -230,23 +211,6 @@ struct Avx512 {
   // Three bytes in four of the index are 0 and would fetch entry 0: the mask leaves them 0.
   static I lookup_bytes(Bytes b, I index) {
     return _mm512_maskz_shuffle_epi8(0x1111111111111111, b, index);
-  }
-
-  // ---- 16-bit elements ----
-  static F widen_f16(__m256i bits) { return _mm512_cvtph_ps(bits); }
-  static F widen_bf16(__m256i bits) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
-  static __m256i narrow_f16(F v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
-  // In integers and not by vcvtneps2bf16, which takes subnormals for zero.
-  static __m256i narrow_bf16(F v) {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded =
-        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i chosen = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
   }
 
   static __mmask16 first_n(std::int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }

@@ -237,11 +237,12 @@ struct Scalar {
     return count;
   }
 
-  // The same count for |x| <= 1 (and a few ulp more), where the midpoints lie in as many of 31
-  // equal bins over [-1, 1], none within 1e-5 of a bin's edge. What NaN gives is unspecified.
-  using Bins = Midpoints;
-  static Bins bins(const float* bounds) { return midpoints(bounds); }
-  static I count_below_binned(const Bins& b, F x) { return count_below(b, x); }
+  // Whether there is count_below_binned(bins(bounds), x): the same count for |x| <= 1 (and a few
+  // ulp more), where the midpoints lie in as many of 31 equal bins over [-1, 1], none within 1e-5
+  // of a bin's edge. What NaN gives is unspecified.
+  static constexpr bool kHasBins = false;
+  struct Bins {};
+  static Bins bins(const float*) { return {}; }
 
   // Sixteen bytes, looked up by lanes that hold 0..15.
   struct Bytes {
@@ -255,6 +256,16 @@ struct Scalar {
   static I lookup_bytes(const Bytes& b, I index) {
     return map_int([&](int i) { return static_cast<std::int32_t>(b.entry[index.lane[i]]); });
   }
+
+  // ---- a 16-bit type's values against bounds of the same type ----
+  // Whether there are: load_ordered(p), kHalves values as integers that ascend as they do;
+  // store_half_bounds<T>(bounds, half_midpoints(midpoints), divisor, factor), of each midpoint the
+  // largest T that times `factor` (1 / divisor) does not exceed it, in an order of V's own;
+  // count_above_bounds(load_half_bounds(bounds), x), how many of the fifteen x is above; and
+  // pack_counts, order[count] to 16 bytes as pack_codes does it.
+  static constexpr bool kHasHalfBounds = false;
+  struct HalfMidpoints {};
+  static HalfMidpoints half_midpoints(const float*) { return {}; }
 
   // ---- the matrix products' words ----
   static constexpr bool kHasBf16Pairs = false;  // has pack_pairs and dot_pairs

@@ -1,0 +1,120 @@
+// AVX-512's words on 16-bit elements: conversions, and lanes of 16 bits. Words are defined in
+// simd_scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+
+#include "qlora_native/types.h"
+
+namespace qlora::cpu {
+
+struct Avx512Halves {
+  // ---- conversions, of sixteen elements ----
+  static __m512 widen_f16(__m256i bits) { return _mm512_cvtph_ps(bits); }
+  static __m512 widen_bf16(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static __m256i narrow_f16(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  // In integers and not by vcvtneps2bf16, which takes subnormals for zero.
+  static __m256i narrow_bf16(__m512 v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i chosen = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+  }
+
+  // ---- 16-bit elements, by their bits ----
+  static constexpr int kHalves = 32;
+  using H = __m512i;
+  static H zero_halves() { return _mm512_setzero_si512(); }
+  static float widen(Float16 value) { return _cvtsh_ss(value.bits); }
+  static float widen(BFloat16 value) {
+    return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16);
+  }
+  template <class T>
+  static H max_magnitude_halves(H magnitude, const T* p) {
+    const H bits = _mm512_loadu_si512(p);
+    return _mm512_max_epi16(magnitude, _mm512_and_si512(bits, _mm512_set1_epi16(0x7FFF)));
+  }
+  // vphminposuw finds the smallest of eight: of the complements, that is the largest.
+  static std::uint16_t reduce_max_halves(H v) {
+    const __m256i x = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    const __m128i y = _mm_max_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(y, _mm_set1_epi16(-1)));
+    return static_cast<std::uint16_t>(~_mm_cvtsi128_si32(smallest));
+  }
+
+  // ---- a 16-bit type's values against bounds of the same type ----
+  static constexpr bool kHasHalfBounds = true;
+
+  template <class T>
+  static H load_ordered(const T* p) {
+    const H bits = _mm512_loadu_si512(p);
+    return ordered(bits, _mm512_srai_epi16(bits, 15), _mm512_set1_epi16(0x7FFF));
+  }
+  // The tree of `midpoints`, but for the root, which is node 0.
+  using HalfMidpoints = __m512;
+  static HalfMidpoints half_midpoints(const float* m) {
+    return _mm512_setr_ps(m[7], m[7], m[3], m[11], m[1], m[5], m[9], m[13], m[0], m[2], m[4], m[6],
+                          m[8], m[10], m[12], m[14]);
+  }
+  struct HalfBounds {
+    H root, tree;
+  };
+  template <class T>
+  static void store_half_bounds(std::int16_t* bounds, HalfMidpoints m, float divisor,
+                                float factor) {
+    __m512 near = _mm512_mul_ps(m, _mm512_set1_ps(divisor));
+    H nearest;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const H rounded =
+          _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(near), _mm512_set1_epi32(0x8000)),
+                           _mm512_set1_epi32(-0x10000));
+      near = _mm512_castsi512_ps(rounded);
+      nearest = _mm512_srai_epi32(rounded, 16);
+    } else {
+      const __m256i half = narrow_f16(near);
+      near = widen_f16(half);
+      nearest = _mm512_cvtepi16_epi32(half);
+    }
+    const __mmask16 too_high =
+        _mm512_cmp_ps_mask(_mm512_mul_ps(near, _mm512_set1_ps(factor)), m, _CMP_GT_OQ);
+    const H above = ordered(nearest, _mm512_srai_epi32(nearest, 31), _mm512_set1_epi32(0x7FFF));
+    const H bound = _mm512_mask_sub_epi32(above, too_high, above, _mm512_set1_epi32(1));
+    _mm256_storeu_epi16(bounds, _mm512_cvtepi32_epi16(bound));
+  }
+  static HalfBounds load_half_bounds(const std::int16_t* bounds) {
+    return {_mm512_set1_epi16(bounds[0]), _mm512_castsi256_si512(_mm256_loadu_epi16(bounds))};
+  }
+  // As in count_below; a lane holds 16 + its count.
+  static H count_above_bounds(const HalfBounds& b, H x) {
+    const H one = _mm512_set1_epi16(1), two = _mm512_set1_epi16(2);
+    H node = _mm512_mask_add_epi16(two, _mm512_cmpgt_epi16_mask(x, b.root), two, one);
+    for (int step = 1; step < 4; ++step) {
+      const __mmask32 above = _mm512_cmpgt_epi16_mask(x, _mm512_permutexvar_epi16(node, b.tree));
+      node = _mm512_add_epi16(node, node);
+      node = _mm512_mask_add_epi16(node, above, node, one);
+    }
+    return node;
+  }
+  static void pack_counts(std::uint8_t* packed, const H (&counts)[1], __m512i order) {
+    const H codes = _mm512_shuffle_epi8(order, counts[0]);  // reads four bits of a byte
+    const H clean = _mm512_and_si512(codes, _mm512_set1_epi16(0xFF));
+    const H pairs = _mm512_madd_epi16(clean, _mm512_set1_epi32(0x00010010));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(pairs));
+  }
+  // Sign and magnitude to an integer that ascends as the values do: all bits but the sign are
+  // inverted where it is set.
+  static H ordered(H bits, H sign, H magnitude_bits) {
+    return _mm512_ternarylogic_epi32(bits, sign, magnitude_bits, 0x78);  // a ^ (b & c)
+  }
+};
+
+}  // namespace qlora::cpu
