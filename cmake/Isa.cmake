@@ -7,9 +7,13 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND QLORA_ISA_FLAGS_avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
 set(QLORA_ISA_FLAGS_avx512bf16 ${QLORA_ISA_FLAGS_avx512} -mavx512bf16)
+set(QLORA_ISA_FLAGS_neon "") # AArch64's baseline
+set(QLORA_ISA_FLAGS_neonbf16 -march=armv8.2-a+bf16)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   set(QLORA_ISAS scalar avx2 avx512 avx512bf16)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+  set(QLORA_ISAS scalar neon neonbf16)
 else()
   set(QLORA_ISAS scalar)
 endif()

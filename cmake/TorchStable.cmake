@@ -31,5 +31,6 @@ add_library(TorchStable INTERFACE)
 target_include_directories(TorchStable SYSTEM INTERFACE "${torch_dir}/include")
 target_compile_definitions(TorchStable
                            INTERFACE TORCH_TARGET_VERSION=${QLORA_TORCH_TARGET_VERSION})
+target_compile_options(TorchStable INTERFACE "-ffile-prefix-map=${torch_dir}/=")
 target_link_directories(TorchStable INTERFACE "${torch_dir}/lib")
 target_link_libraries(TorchStable INTERFACE torch_cpu)

@@ -9,7 +9,7 @@ def num_threads() -> int:
     """Threads an op may use: torch.get_num_threads()."""
 
 def cpu_isa() -> str:
-    """The instruction set in use: "scalar", "avx2", "avx512" or "avx512bf16"."""
+    """The instruction set in use: "scalar", "avx2", "neon", … (cpp/cpu/isa.h has all)."""
 
 def available_isas() -> list[str]:
     """Built and run by this processor, narrowest first."""

@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "../../cpp/cpu/isa.h"
+#include "isa.h"
 #include "qlora_native/format.h"
 #include "qlora_native/layout.h"
 

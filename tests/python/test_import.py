@@ -84,6 +84,6 @@ def test_a_missing_library_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_forced_isa_is_used_and_one_that_does_not_run_is_named() -> None:
-    result = run(PROBE, QLORA_FORCE_ISA="neon")
-    assert "QLORA_FORCE_ISA=neon does not run here; using" in result.stderr
+    result = run(PROBE, QLORA_FORCE_ISA="mmx")
+    assert "QLORA_FORCE_ISA=mmx does not run here; using" in result.stderr
     assert json.loads(run(PROBE, QLORA_FORCE_ISA="scalar").stdout)["isa"] == "scalar"

@@ -1,85 +1,16 @@
-// Every instruction set against the scalar path, without torch and Python: the same bits from all
-// of the quantization functions, at every length of a tail, and not a byte beside the outputs.
-//
-// Prints which instruction sets ran; the exit status is the number of failed checks, at most 99.
-#include <bit>
+// The quantization functions on every instruction set, against the scalar path: the same bits, at
+// every length of a tail, and not a byte beside the outputs.
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
-#include <string>
+#include <utility>
 #include <vector>
 
-#include "isa.h"
-#include "qlora_native/layout.h"
-#include "qlora_native/params.h"
+#include "support.h"
 
 namespace {
 
 using namespace qlora;
-using Bytes = std::vector<std::uint8_t>;
-
-constexpr std::size_t kMargin = 64;
-constexpr std::uint8_t kSentinel = 0xA5;
-int failures = 0;
-
-// An output in the middle of a guarded buffer.
-struct Output {
-  Bytes buffer;
-  std::size_t size;
-
-  explicit Output(std::int64_t bytes)
-      : buffer(static_cast<std::size_t>(bytes) + 2 * kMargin, kSentinel),
-        size(static_cast<std::size_t>(bytes)) {}
-
-  template <class T>
-  T* as() {
-    return reinterpret_cast<T*>(buffer.data() + kMargin);
-  }
-  [[nodiscard]] bool intact() const {
-    for (std::size_t i = 0; i < kMargin; ++i) {
-      if (buffer[i] != kSentinel || buffer[kMargin + size + i] != kSentinel) return false;
-    }
-    return true;
-  }
-};
-
-// xorshift32: the same values on every platform.
-struct Random {
-  std::uint32_t state = 2463534242u;
-
-  std::uint32_t bits() {
-    state ^= state << 13;
-    state ^= state >> 17;
-    state ^= state << 5;
-    return state;
-  }
-  // Over all magnitudes; one in 64 is infinite, NaN, subnormal or zero.
-  float value() {
-    const std::uint32_t chosen = bits() % 256;
-    if (chosen == 0) return std::bit_cast<float>(0x7F800000u | (bits() & 0x80000000u));
-    if (chosen == 1) return std::bit_cast<float>(0x7FC00000u);
-    if (chosen == 2) return std::bit_cast<float>(bits() & 0x807FFFFFu);
-    if (chosen == 3) return 0.0f;
-    const float unit = static_cast<float>(bits() >> 8) * 0x1p-23f - 1.0f;
-    return unit * std::bit_cast<float>(((bits() % 40) + 100) << 23);
-  }
-};
-
-Bytes random_values(Random& random, std::int64_t n, DType dtype) {
-  Bytes bytes(static_cast<std::size_t>(n * size_of(dtype)));
-  for (std::int64_t i = 0; i < n; ++i) {
-    const float value = random.value();
-    std::uint8_t* const at = bytes.data() + i * size_of(dtype);
-    if (dtype == DType::float32) {
-      std::memcpy(at, &value, sizeof value);
-    } else {
-      const std::uint16_t bits = dtype == DType::float16 ? from_float<Float16>(value).bits
-                                                         : from_float<BFloat16>(value).bits;
-      std::memcpy(at, &bits, sizeof bits);
-    }
-  }
-  return bytes;
-}
+using namespace qlora::test;
 
 struct Case {
   std::int64_t n;
@@ -98,10 +29,8 @@ Bytes run(const Case& c, const char* isa) {
   std::vector<Output> outputs;
   const auto keep = [&](Output&& out, const char* op, Status status) {
     if (!status.ok() || !out.intact()) {
-      std::printf("%s %s n=%lld blocksize=%lld: %s\n", isa, op, static_cast<long long>(c.n),
-                  static_cast<long long>(c.blocksize),
-                  status.ok() ? "wrote outside its output" : status.message);
-      ++failures;
+      fail("%s %s n=%lld blocksize=%lld: %s", isa, op, number(c.n), number(c.blocksize),
+           status.ok() ? "wrote outside its output" : status.message);
     }
     outputs.push_back(std::move(out));
   };
@@ -186,29 +115,23 @@ Bytes run(const Case& c, const char* isa) {
 }  // namespace
 
 int main() {
-  for (int i = 0; cpu::available_isa(i) != nullptr; ++i) {
-    const std::string isa = cpu::available_isa(i);
-    int cases = 0;
+  return on_each_isa([](const char* isa) {
     for (const std::int64_t blocksize : {32, 64, 4096}) {
       for (std::int64_t n = 0; n <= 150; ++n) {
-        for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
+        for (const DType dtype : kDTypes) {
           for (const Format& format : {kNf4, kFp4}) {
             const Case c{n, blocksize, dtype, format};
             cpu::force_isa("scalar");
             const Bytes wanted = run(c, "scalar");
-            cpu::force_isa(isa.c_str());
-            if (run(c, isa.c_str()) != wanted) {
-              std::printf("%s differs from scalar: n=%lld blocksize=%lld\n", isa.c_str(),
-                          static_cast<long long>(n), static_cast<long long>(blocksize));
-              ++failures;
+            cpu::force_isa(isa);
+            if (run(c, isa) != wanted) {
+              fail("%s differs from scalar: n=%lld blocksize=%lld", isa, number(n),
+                   number(blocksize));
             }
-            ++cases;
+            count_case();
           }
         }
       }
     }
-    std::printf("%s: %d cases\n", isa.c_str(), cases);
-  }
-  std::printf("%d failures\n", failures);
-  return failures < 99 ? failures : 99;
+  });
 }
