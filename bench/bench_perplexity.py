@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from bench.harness import OURS
+from bench.case import OURS
 from bench.learners import BITSANDBYTES, Learner, make, model_folder, names
-from bench.report import Section
+from bench.section import Section
 from qlora_native.collate import Batch, BatchPlan
 from qlora_native.data import IGNORE, Example
 from qlora_native.evaluate import Evaluation, evaluate

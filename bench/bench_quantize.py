@@ -1,8 +1,8 @@
-"""Blockwise quantization and back: NF4 with double-quantized scales, the dynamic 8-bit map, scales.
+"""Blockwise quantization and back: NF4 with double-quantized scales, and the dynamic 8-bit map.
 
 The least that is moved, in bytes a value: a value of the matrix's dtype on one side, half a byte of
-codes (8-bit: one) and the block's scale on the other. Ours writes into reused outputs unless the
-row says otherwise; bitsandbytes cannot (its out= raises): each direction has a row with fresh ones.
+codes (8-bit: one) and the block's scale on the other. Fresh outputs also cost the kernel's handing
+out of pages, which the limit leaves out.
 """
 
 from __future__ import annotations
@@ -11,129 +11,74 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.harness import OURS, Case, Contenders, main
-from bench.peers import peer
-from bench.shapes import LLAMA3_8B, SMOLLM2_135M, SQUARE_4096
-from qlora_native import ops
+from bench import quantize_contenders as contenders
+from bench.case import Case, Tier
+from bench.harness import main
+from bench.shapes import LLAMA3_8B, QWEN25_7B, SMOLLM2_135M, SQUARE_4096
 
 TITLE = "Quantize and dequantize"
-BLOCKSIZE = 64
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _matrix(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+def _cases_4bit(
+    where: str, shape: tuple[int, int], dtype: torch.dtype, tier: Tier, compiled: bool
+) -> Iterator[Case]:
+    n = shape[0] * shape[1]
+    values = n * dtype.itemsize
+    blocks = n // contenders.BLOCKSIZE
+    codes = n // 2 + blocks + blocks // 64
+    fresh_tier = max(tier, Tier.REPORT)
+    for op, made, case_tier in (
+        ("quantize NF4 into reused outputs", contenders.quantize_reusing(shape, dtype), tier),
+        (
+            "quantize NF4 into fresh outputs",
+            contenders.quantize_fresh(shape, dtype, compiled),
+            fresh_tier,
+        ),
+    ):
+        yield Case(op, where, dtype, made, read=values, write=codes, tier=case_tier)
+    for op, made, case_tier in (
+        ("dequantize NF4 into a reused output", contenders.dequantize_reusing(shape, dtype), tier),
+        (
+            "dequantize NF4 into a fresh output",
+            contenders.dequantize_fresh(shape, dtype, compiled),
+            fresh_tier,
+        ),
+    ):
+        yield Case(op, where, dtype, made, read=codes, write=values, tier=case_tier)
 
 
-def _quantize(shape: tuple[int, int], dtype: torch.dtype, reuse: bool) -> Contenders:
-    """Codes, absmax, and the absmax to 8 bits, into reused or fresh outputs."""
-    x = _matrix(shape, dtype)
-    packed, absmax = ops.quantize_4bit(x, BLOCKSIZE, "nf4")
-
-    def reused() -> object:
-        ops.quantize_4bit_out(x, packed, absmax, BLOCKSIZE, "nf4")
-        return ops.quantize_scales(absmax)
-
-    def fresh() -> object:
-        codes, scales = ops.quantize_4bit(x, BLOCKSIZE, "nf4")
-        return codes, ops.quantize_scales(scales)
-
-    contenders: Contenders = {OURS: reused if reuse else fresh}
-    if bnb := peer("bitsandbytes.functional"):
-        contenders["bitsandbytes"] = lambda: bnb.quantize_4bit(
-            x, blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
-        )
-    return contenders
-
-
-def _dequantize(shape: tuple[int, int], dtype: torch.dtype, out: torch.Tensor | None) -> Contenders:
-    """Into the given output, or into a fresh one every time."""
-    packed, absmax = ops.quantize_4bit(_matrix(shape, dtype), BLOCKSIZE, "nf4")
-    scales = ops.quantize_scales(absmax)
-
-    def ours() -> object:
-        if out is None:
-            return ops.dequantize_4bit(packed, *scales, shape, BLOCKSIZE, "nf4", dtype)
-        return ops.dequantize_4bit_out(packed, *scales, out, BLOCKSIZE, "nf4")
-
-    contenders: Contenders = {OURS: ours}
-    if bnb := peer("bitsandbytes.functional"):
-        codes, state = bnb.quantize_4bit(
-            _matrix(shape, dtype), blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
-        )
-        contenders["bitsandbytes"] = lambda: bnb.dequantize_4bit(codes, state)
-    return contenders
-
-
-def _quantize_8bit(shape: tuple[int, int]) -> Contenders:
-    x = _matrix(shape, torch.float32)
-    codes, absmax = ops.quantize_8bit(x, 256)
-    contenders: Contenders = {OURS: lambda: ops.quantize_8bit_out(x, codes, absmax, 256)}
-    if bnb := peer("bitsandbytes.functional"):
-        contenders["bitsandbytes"] = lambda: bnb.quantize_blockwise(x, blocksize=256)
-    return contenders
-
-
-def _dequantize_8bit(shape: tuple[int, int]) -> Contenders:
-    x = _matrix(shape, torch.float32)
-    codes, absmax = ops.quantize_8bit(x, 256)
-    contenders: Contenders = {OURS: lambda: ops.dequantize_8bit_out(codes, absmax, x, 256)}
-    if bnb := peer("bitsandbytes.functional"):
-        theirs, state = bnb.quantize_blockwise(x, blocksize=256)
-        contenders["bitsandbytes"] = lambda: bnb.dequantize_blockwise(theirs, state)
-    return contenders
+def _cases_8bit(where: str, shape: tuple[int, int], tier: Tier) -> Iterator[Case]:
+    n = shape[0] * shape[1]
+    values, codes = 4 * n, n + 4 * n // contenders.BLOCKSIZE_8BIT
+    yield Case(
+        "quantize 8-bit into fresh outputs", where, torch.float32,
+        contenders.quantize_8bit_fresh(shape), read=values, write=codes, tier=tier,
+    )  # fmt: skip
+    yield Case(
+        "dequantize 8-bit into a fresh output", where, torch.float32,
+        contenders.dequantize_8bit_fresh(shape), read=codes, write=values, tier=tier,
+    )  # fmt: skip
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    shapes = {"4096 × 4096": SQUARE_4096}
-    if not quick:
-        shapes[f"{SMOLLM2_135M.name} up_proj"] = SMOLLM2_135M.linears["up_proj"]
-        shapes[f"{LLAMA3_8B.name} up_proj"] = LLAMA3_8B.linears["up_proj"]
-    else:
-        shapes = {"64 × 96": (64, 96)}
-    for where, shape in shapes.items():
-        n = shape[0] * shape[1]
-        codes_4bit = n // 2 + n // BLOCKSIZE + n // (BLOCKSIZE * 64)
-        codes_8bit = n + n // 64
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            short = str(dtype).removeprefix("torch.")
-            values = n * dtype.itemsize
-            yield Case(
-                f"quantize NF4, {where}, {short}",
-                lambda s=shape, d=dtype: _quantize(s, d, reuse=True),
-                read=values,
-                write=codes_4bit,
-            )
-            yield Case(
-                f"dequantize NF4, {where}, {short}",
-                lambda s=shape, d=dtype: _dequantize(s, d, torch.empty(s, dtype=d)),
-                read=codes_4bit,
-                write=values,
-            )
-        yield Case(
-            f"quantize NF4 into fresh outputs, {where}, bfloat16",
-            lambda s=shape: _quantize(s, torch.bfloat16, reuse=False),
-            read=2 * n,
-            write=codes_4bit,
-        )
-        yield Case(
-            f"dequantize NF4 into a fresh output, {where}, bfloat16",
-            lambda s=shape: _dequantize(s, torch.bfloat16, None),
-            read=codes_4bit,
-            write=2 * n,
-        )
-        yield Case(
-            f"quantize 8-bit, {where}, float32",
-            lambda s=shape: _quantize_8bit(s),
-            read=4 * n,
-            write=codes_8bit,
-        )
-        yield Case(
-            f"dequantize 8-bit, {where}, float32",
-            lambda s=shape: _dequantize_8bit(s),
-            read=codes_8bit,
-            write=4 * n,
-        )
+    if quick:
+        for dtype in _DTYPES:
+            yield from _cases_4bit("64 × 96", (64, 96), dtype, Tier.CORE, compiled=False)
+        yield from _cases_8bit("64 × 96", (64, 96), Tier.CORE)
+        return
+    for dtype in _DTYPES:
+        core = Tier.REPORT if dtype == torch.float16 else Tier.CORE
+        yield from _cases_4bit("4096 × 4096", SQUARE_4096, dtype, core, compiled=True)
+    yield from _cases_8bit("4096 × 4096", SQUARE_4096, Tier.REPORT)
+    for model in (SMOLLM2_135M, LLAMA3_8B, QWEN25_7B):
+        where, shape = f"{model.name} up_proj", model.linears["up_proj"]
+        for dtype in _DTYPES:
+            told = model is not QWEN25_7B and dtype != torch.float16
+            tier = Tier.REPORT if told else Tier.FULL
+            yield from _cases_4bit(where, shape, dtype, tier, compiled=False)
+        yield from _cases_8bit(where, shape, Tier.FULL)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import sys
 import torch
 
 from bench import step_memory
-from bench.harness import OURS, SMOKE, Budget, time_contenders
+from bench.case import OURS
+from bench.harness import SMOKE, Budget, time_contenders
 from bench.learners import BITSANDBYTES, DTYPES, UNQUANTIZED, make, model_folder, names
-from bench.report import Section
+from bench.section import Section
 from bench.tables import ratio
 from qlora_native.collate import Batch, collate
 from qlora_native.data import Example

@@ -3,12 +3,9 @@
 A bench file, bench_<op>.py, has TITLE and cases():
 
     def cases(quick: bool) -> Iterator[Case]:            # quick: tiny shapes, for the smoke test
-        yield Case("Llama-3-8B q_proj, fp32", contenders, read=..., write=..., flops=...)
 
-where `contenders` makes the data when its turn comes and returns {name: function of no arguments},
-ours under the name OURS. peers.py has the peers that may be missing. `python -m bench.bench_<op>`
-prints its table; `python -m bench.report` runs them all; `pytest bench` runs the same cases under
-pytest-benchmark.
+`python -m bench.bench_<op>` prints its table; `python -m bench.report` runs them all; under
+`pytest bench` the same cases are pytest-benchmark's, and bench.compare runs ours at two commits.
 """
 
 from __future__ import annotations
@@ -19,60 +16,52 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 import qlora_native
-from bench.limits import Limits, measure, measure_again
+from bench.case import OURS, Call, Case, Tier, is_ours
+from bench.limit_model import least_seconds
+from bench.limits import TRIES, Limits, measure, measure_again
 
-OURS = "qlora_native"
-Contenders = dict[str, Callable[[], object]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row: what is done to which shape, and the least that any way of doing it costs."""
-
-    name: str
-    contenders: Callable[[], Contenders]
-    read: int = 0  # bytes that must be read
-    write: int = 0  # bytes that must be written
-    flops: int = 0
-    bf16: bool = False  # the products are of bf16 pairs, where the processor has such instructions
-
-    def limit_seconds(self, limits: Limits, isa: str) -> float:
-        """The larger of bytes over bandwidth and FLOPs over the instruction set's rate."""
-        bytes_moved = self.read + self.write
-        flops_isa = "avx512" if isa == "avx512bf16" and not self.bf16 else isa
-        return max(
-            bytes_moved / limits.best_bandwidth(bytes_moved),
-            self.flops / limits.flops[flops_isa],
-        )
+Samples = dict[str, list[float]]  # contender -> seconds a call, round by round
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a case may take: at least `rounds`, and more until `seconds` are over."""
+    """How long a case may take.
+
+    At least `rounds`, and more until `seconds` are over; three are enough once `patience` is.
+    """
 
     rounds: int = 7
-    seconds: float = 4.0
+    seconds: float = 3.0
     max_rounds: int = 60
     seconds_per_sample: float = 0.01  # short calls are repeated for so long
+    patience: float = 15.0
+    limit_tries: int = TRIES
+
+    def goes_on(self, rounds: int, seconds: float) -> bool:
+        if rounds < min(3, self.rounds):
+            return True
+        if rounds < self.rounds:
+            return seconds < self.patience
+        return rounds < self.max_rounds and seconds < self.seconds
 
 
-SMOKE = Budget(rounds=1, seconds=0.0, max_rounds=1, seconds_per_sample=0.0)
+SMOKE = Budget(rounds=1, seconds=0.0, max_rounds=1, seconds_per_sample=0.0, limit_tries=1)
 
 
 @dataclass
 class Row:
-    """Seconds a call of every contender, round by round."""
+    """Seconds a call of every contender, round by round; ours under one instruction set."""
 
     case: Case
-    isa: str  # ours ran under this one
+    isa: str
     limits: Limits
-    samples: dict[str, list[float]] = field(default_factory=dict)
+    samples: Samples = field(default_factory=dict)
 
     def median(self, name: str = OURS) -> float:
         return statistics.median(self.samples[name])
@@ -82,7 +71,7 @@ class Row:
 
     def limit(self) -> float:
         """The least seconds, by the limits as they are known now."""
-        return self.case.limit_seconds(self.limits, self.isa)
+        return least_seconds(self.case, self.limits, self.isa)
 
     def of_limit(self) -> float:
         """limit / our best time: both are the best of several."""
@@ -90,22 +79,27 @@ class Row:
 
     def speedup(self, peer: str) -> float:
         """How many times faster than the peer we are: the median over rounds of the ratio."""
-        pairs = zip(self.samples[peer], self.samples[OURS], strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
+        return median_ratio(self.samples[peer], self.samples[OURS])
 
     @property
     def peers(self) -> list[str]:
         return [name for name in self.samples if name != OURS]
 
 
-def _calls_per_sample(call: Callable[[], object], seconds: float) -> int:
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median over rounds of above / below."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def calls_per_sample(call: Call, seconds: float) -> int:
     begin = time.perf_counter()
     call()
     once = time.perf_counter() - begin
     return max(1, min(1000, int(seconds / max(once, 1e-7))))
 
 
-def _sample(call: Callable[[], object], calls: int) -> float:
+def sample(call: Call, calls: int) -> float:
+    """Seconds a call, over so many."""
     begin = time.perf_counter()
     for _ in range(calls):
         call()
@@ -113,24 +107,33 @@ def _sample(call: Callable[[], object], calls: int) -> float:
 
 
 def time_contenders(
-    contenders: Contenders, budget: Budget, seed: int = 0
-) -> dict[str, list[float]]:
-    """Seconds a call, by contender and round; each round runs them all in an order of its own."""
+    contenders: dict[str, Call],
+    budget: Budget,
+    prepare: Callable[[str], object] = lambda name: None,
+    seed: int = 0,
+) -> Samples:
+    """Seconds a call, by contender and round; each round runs them all in an order of its own.
+
+    `prepare` is called with a contender's name before each of its samples.
+    """
     shuffle = random.Random(seed)
-    for call in contenders.values():  # the first call pays for page faults, tables and compilation
-        call()
-    calls = {n: _calls_per_sample(c, budget.seconds_per_sample) for n, c in contenders.items()}
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    calls = {}
+    for name, call in contenders.items():
+        prepare(name)
+        call()  # the first call pays for page faults, tables and compilation
+        calls[name] = calls_per_sample(call, budget.seconds_per_sample)
+    samples: Samples = {name: [] for name in contenders}
     order = list(contenders)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        end = time.perf_counter() + budget.seconds
+        begin = time.perf_counter()
         rounds = 0
-        while rounds < budget.rounds or (rounds < budget.max_rounds and time.perf_counter() < end):
+        while budget.goes_on(rounds, time.perf_counter() - begin):
             shuffle.shuffle(order)
             for name in order:
-                samples[name].append(_sample(contenders[name], calls[name]))
+                prepare(name)
+                samples[name].append(sample(contenders[name], calls[name]))
             rounds += 1
     finally:
         if collecting:
@@ -138,21 +141,37 @@ def time_contenders(
     return samples
 
 
-def run(cases: Iterable[Case], budget: Budget, isas: Iterable[str]) -> Iterator[Row]:
-    """Time every case, ours under each of the instruction sets in turn."""
+def _variant(name: str, isa: str) -> str:
+    return f"{name} [{isa}]"
+
+
+def _time_case(case: Case, budget: Budget, isas: Sequence[str]) -> Iterator[tuple[str, Samples]]:
+    """Samples by contender, for each instruction set; the peers are timed once, among all ours."""
+    calls = {name: make() for name, make in case.contenders.items()}
+    ours = [name for name in calls if is_ours(name)]
+    isa_of = {_variant(name, isa): isa for name in ours for isa in isas}
+    contenders = {name: call for name, call in calls.items() if name not in ours}
+    contenders |= {_variant(name, isa): calls[name] for name in ours for isa in isas}
     before = qlora_native.cpu_isa()
-    limits = measure(torch.get_num_threads())
+    try:
+        samples = time_contenders(
+            contenders, budget, lambda name: qlora_native.force_isa(isa_of.get(name, before))
+        )
+    finally:
+        qlora_native.force_isa(before)
+    for isa in isas:
+        yield isa, {n: samples[_variant(n, isa) if n in ours else n] for n in calls}
+
+
+def run(cases: Iterable[Case], budget: Budget, isas: Sequence[str]) -> Iterator[Row]:
+    """Time every case, ours under each of the instruction sets."""
+    limits = measure(torch.get_num_threads(), budget.limit_tries)
     for case in cases:
         print(f"  {case.name}", file=sys.stderr, flush=True)
-        contenders = case.contenders()
-        for isa in isas:
-            qlora_native.force_isa(isa)
-            try:
-                samples = time_contenders(contenders, budget)
-            finally:
-                qlora_native.force_isa(before)
+        for isa, samples in _time_case(case, budget, isas):
             yield Row(case, isa, limits, samples)
-    measure_again(limits.threads)
+    if budget is not SMOKE:
+        measure_again(limits, budget.limit_tries)
 
 
 def main(title: str, cases: Callable[[bool], Iterable[Case]]) -> None:
@@ -161,13 +180,13 @@ def main(title: str, cases: Callable[[bool], Iterable[Case]]) -> None:
 
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round")
+    parser.add_argument("--full", action="store_true", help="the cases too that the report omits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--isa", action="append", help="ours under this ISA (may be repeated)")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    chosen = (case for case in cases(args.quick) if args.only in case.name)
-    rows = list(
-        run(chosen, SMOKE if args.quick else Budget(), args.isa or [qlora_native.cpu_isa()])
-    )
-    print(markdown_table(rows))
+    tier = Tier.FULL if args.full else Tier.REPORT
+    chosen = (c for c in cases(args.quick) if args.only in c.name and c.tier <= tier)
+    budget = SMOKE if args.quick else Budget()
+    print(markdown_table(list(run(chosen, budget, args.isa or [qlora_native.cpu_isa()]))))

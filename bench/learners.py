@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.harness import OURS
-from bench.peers import peer
+from bench.case import OURS
+from bench.peers import installed
 from qlora_native.collate import Batch
 
 BITSANDBYTES, UNQUANTIZED = "bitsandbytes", "un-quantized"
@@ -32,9 +32,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def names() -> list[str]:
     """Those whose packages are here, ours first."""
-    if not (peer("transformers") and peer("peft")):
+    if not (installed("transformers") and installed("peft")):
         return [OURS]
-    return [OURS, *([BITSANDBYTES] if peer("bitsandbytes") else []), UNQUANTIZED]
+    return [OURS, *([BITSANDBYTES] if installed("bitsandbytes") else []), UNQUANTIZED]
 
 
 @dataclass

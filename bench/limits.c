@@ -1,11 +1,11 @@
 // What the machine can do at most: floating-point rate by instruction set, and bandwidth by level
 // of the memory hierarchy. Benchmarks are told as a fraction of these.
 //
-//     limits THREADS LEVEL=BYTES...   ->   {"flops": {...}, "bandwidth": {LEVEL: {...}}}   on
-//     stdout
+//     limits THREADS TRIES LEVEL=BYTES...
+//     -> {"threads": ..., "flops": {ISA: rate}, "bandwidth": {LEVEL: {KIND: rate}}}   on stdout
 //
 // Every thread works on buffers of its own, BYTES in all for each thread; rates are sums over the
-// threads, the best of several tries. A copy counts what it reads and what it writes.
+// threads, the best of TRIES. A copy and an update count what they read and what they write.
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
@@ -14,8 +14,9 @@
 #include <string.h>
 #include <time.h>
 
-enum { kMaxThreads = 256, kTries = 15, kAccumulators = 12, kStepsPerRepeat = 64 };
+enum { kMaxThreads = 256, kAccumulators = 12, kStepsPerRepeat = 64 };
 static const double kSecondsPerTry = 0.01;
+static int tries_each;  // TRIES
 
 static double now(void) {
   struct timespec t;
@@ -69,7 +70,7 @@ static double best_rate(void (*work)(char*, size_t, long), char** memory, size_t
   for (int i = 0; i < threads; ++i) {
     jobs[i] = (Job){.work = work, .memory = memory ? memory[i] : NULL, .bytes = bytes};
   }
-  for (int tries = 0; tries < kTries;) {
+  for (int tries = 0; tries < tries_each;) {
     for (int i = 0; i < threads; ++i) jobs[i].repeats = repeats;
     const double seconds = run_once(jobs, threads);
     if (seconds < kSecondsPerTry && repeats < 1L << 40) {
@@ -194,6 +195,16 @@ static void write_memory(char* m, size_t bytes, long n) {
   }
 }
 
+// In place, as an optimizer's step does: no line is read that is only written.
+static void update_memory(char* m, size_t bytes, long n) {
+  const Line one = {1, 1, 1, 1, 1, 1, 1, 1};
+  for (long r = 0; r < n; ++r) {
+    Line* p = (Line*)m;
+    for (size_t i = 0; i < bytes / 64; ++i) p[i] += one;
+    __asm__ volatile("" ::: "memory");
+  }
+}
+
 static void copy_memory(char* m, size_t bytes, long n) {
   const Line* from = (const Line*)m;
   Line* to = (Line*)(m + bytes / 2);
@@ -235,6 +246,7 @@ static void print_bandwidth(const char* level, size_t bytes, int threads) {
   printf(", \"read\": %.6g", best_rate(read_memory, memory, bytes, threads, units));
   printf(", \"write\": %.6g", best_rate(write_memory, memory, bytes, threads, units));
   printf(", \"copy\": %.6g", best_rate(copy_memory, memory, bytes, threads, units));
+  printf(", \"update\": %.6g", best_rate(update_memory, memory, bytes, threads, 2 * units));
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2")) {
     printf(", \"write_nt\": %.6g", best_rate(write_nt_avx2, memory, bytes, threads, units));
@@ -246,20 +258,22 @@ static void print_bandwidth(const char* level, size_t bytes, int threads) {
 }
 
 int main(int argc, char** argv) {
-  const int threads = argc > 1 ? atoi(argv[1]) : 1;
-  if (threads < 1 || threads > kMaxThreads) {
-    fprintf(stderr, "usage: limits THREADS LEVEL=BYTES...   (1 to %d threads)\n", kMaxThreads);
+  const int threads = argc > 1 ? atoi(argv[1]) : 0;
+  tries_each = argc > 2 ? atoi(argv[2]) : 0;
+  if (threads < 1 || threads > kMaxThreads || tries_each < 1) {
+    fprintf(stderr, "usage: limits THREADS TRIES LEVEL=BYTES...   (1 to %d threads)\n",
+            kMaxThreads);
     return 2;
   }
   printf("{\"threads\": %d, \"flops\": {", threads);
   print_flops(threads);
   printf("}, \"bandwidth\": {");
-  for (int i = 2; i < argc; ++i) {
+  for (int i = 3; i < argc; ++i) {
     const char* equals = strchr(argv[i], '=');
     if (equals == NULL) return 2;
     char level[32];
     snprintf(level, sizeof level, "%.*s", (int)(equals - argv[i]), argv[i]);
-    if (i > 2) printf(", ");
+    if (i > 3) printf(", ");
     print_bandwidth(level, strtoull(equals + 1, NULL, 10), threads);
   }
   printf("}}\n");

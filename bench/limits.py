@@ -7,17 +7,25 @@ of another, so it is measured again after each benchmark and never falls.
 from __future__ import annotations
 
 import atexit
+import bisect
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("limits.c")
 MEMORY_BYTES = 256 << 20  # for each thread: past every cache
+TRIES = 15
+
+READ: Collection[str] = ("read",)
+WRITE: Collection[str] = ("write", "write_nt")
+ANY: Collection[str] = (*READ, *WRITE, "copy", "copy_nt", "update")
 
 
 @dataclass
@@ -26,14 +34,27 @@ class Limits:
 
     threads: int
     flops: dict[str, float]
-    bandwidth: dict[str, dict[str, float]]  # level -> read, write, copy, write_nt, copy_nt
+    bandwidth: dict[str, dict[str, float]]  # level -> bytes_per_thread and the kinds of ANY
 
-    def best_bandwidth(self, working_set: int) -> float:
-        """The highest rate of the level that holds so many bytes, shared out over the threads."""
-        for level in self.bandwidth.values():
-            if working_set <= level["bytes_per_thread"] * self.threads:
-                return _best(level)
-        return _best(self.bandwidth["memory"])
+    def rate(self, kinds: Collection[str], working_set: int) -> float:
+        """The best of these kinds' rates on so many bytes, shared out over the threads.
+
+        Between two sizes that were measured it is interpolated, on logarithmic scales: caches let
+        go of data little by little.
+        """
+        points = sorted(
+            (level["bytes_per_thread"] * self.threads, max(level.get(kind, 0.0) for kind in kinds))
+            for level in self.bandwidth.values()
+        )
+        sizes = [size for size, _ in points]
+        above = bisect.bisect_left(sizes, working_set)
+        if above == 0:
+            return points[0][1]
+        if above == len(points):
+            return points[-1][1]
+        (small, fast), (large, slow) = points[above - 1], points[above]
+        part = math.log(working_set / small) / math.log(large / small)
+        return math.exp((1 - part) * math.log(fast) + part * math.log(slow))
 
     def raise_to(self, other: Limits) -> None:
         """Take over every rate that `other` has higher."""
@@ -47,18 +68,34 @@ class Limits:
         return {"threads": self.threads, "flops": self.flops, "bandwidth": self.bandwidth}
 
 
-def _best(level: dict[str, float]) -> float:
-    return max(rate for kind, rate in level.items() if kind != "bytes_per_thread")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNKNOWN = {1: 32 << 10, 2: 1 << 20, 3: 8 << 20}
 
 
-def _cache_bytes(level: int, default: int) -> int:
-    try:
-        size = os.sysconf(
-            f"SC_LEVEL{level}_DCACHE_SIZE" if level == 1 else f"SC_LEVEL{level}_CACHE_SIZE"
-        )
-    except (ValueError, OSError):
-        size = 0
-    return size if size > 0 else default
+def _cache_bytes(level: int) -> int:
+    """As the kernel tells; sysconf's third level was ten times too large on a guest of an EPYC."""
+    for cache in _CACHES.glob("index*"):
+        kind = (cache / "type").read_text().strip()
+        if int((cache / "level").read_text()) == level and kind != "Instruction":
+            return int((cache / "size").read_text().strip().removesuffix("K")) << 10
+    return _UNKNOWN[level]
+
+
+def working_sets(threads: int) -> dict[str, int]:
+    """Bytes for each thread: half of each cache, then past it in steps, then memory.
+
+    The last cache is shared by all threads, and by other guests of the machine.
+    """
+    second, last = _cache_bytes(2), _cache_bytes(3) // threads
+    past = {f"{times} × L3": times * last for times in (1, 2, 4)}
+    return {
+        "L1": _cache_bytes(1) // 2,
+        "L2": second // 2,
+        **({"2 × L2": 2 * second} if 4 * second < last else {}),
+        "L3": last // 2,
+        **{name: size for name, size in past.items() if size < MEMORY_BYTES},
+        "memory": MEMORY_BYTES,
+    }
 
 
 @functools.cache
@@ -75,33 +112,24 @@ def _program() -> str:
     return program
 
 
-def _measure_now(threads: int) -> Limits:
-    levels = {
-        "L1": _cache_bytes(1, 32 << 10) // 2,
-        "L2": _cache_bytes(2, 1 << 20) // 2,
-        "L3": _cache_bytes(3, 8 << 20) // 2 // threads,  # shared by all
-        "memory": MEMORY_BYTES,
-    }
-    arguments = [f"{name}={size}" for name, size in levels.items()]
-    run = subprocess.run(
-        [_program(), str(threads), *arguments], check=True, capture_output=True, text=True
-    )
+def _measure_now(threads: int, tries: int) -> Limits:
+    arguments = [f"{name}={size}" for name, size in working_sets(threads).items()]
+    command = [_program(), str(threads), str(tries), *arguments]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
     return Limits(**json.loads(run.stdout))
 
 
 @functools.cache
-def measure(threads: int) -> Limits:
+def measure(threads: int, tries: int = TRIES) -> Limits:
     """The limits, some ten seconds when they are first asked for.
 
     Raises:
         RuntimeError: there is no C compiler.
         subprocess.CalledProcessError: it failed.
     """
-    return _measure_now(threads)
+    return _measure_now(threads, tries)
 
 
-def measure_again(threads: int) -> Limits:
-    """The same object, with every rate raised to what is seen now."""
-    limits = measure(threads)
-    limits.raise_to(_measure_now(threads))
-    return limits
+def measure_again(limits: Limits, tries: int = TRIES) -> None:
+    """Raise every rate to what is seen now."""
+    limits.raise_to(_measure_now(limits.threads, tries))

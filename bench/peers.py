@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.metadata
-from types import ModuleType
+import importlib.util
 
 PACKAGES = ("bitsandbytes", "torchao", "transformers", "peft")
 
 
-@functools.cache
-def peer(module: str) -> ModuleType | None:
-    """The module, or None where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
-            raise
-        return None
+def installed(package: str) -> bool:
+    """Whether it can be imported, without doing so."""
+    return importlib.util.find_spec(package) is not None
 
 
 def versions() -> dict[str, str]:

@@ -16,34 +16,36 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from bench.harness import OURS
-from bench.tables import ratio
+from bench.case import OURS, is_ours
+from bench.tables import ratio, share
 
 ROOT = Path(__file__).parent.parent
 MARKERS = re.compile(r"(?<=<!-- bench:begin -->\n).*?(?=<!-- bench:end -->)", re.DOTALL)
 
-# (section, case, what the README calls it)
-CASES = (
-    ("Quantize and dequantize", "quantize NF4, 4096 × 4096, float32", "quantize, fp32"),
-    ("Quantize and dequantize", "quantize NF4, 4096 × 4096, bfloat16", "quantize, bf16"),
-    ("Quantize and dequantize", "dequantize NF4, 4096 × 4096, float32", "dequantize, fp32"),
-    ("Quantize and dequantize", "dequantize NF4, 4096 × 4096, bfloat16", "dequantize, bf16"),
-    ("4-bit linear", "forward 4096 × 4096, M=1, float32", "linear, M = 1, fp32"),
-    ("4-bit linear", "forward 4096 × 4096, M=1, bfloat16", "linear, M = 1, bf16"),
-    (
-        "4-bit linear",
-        "LoRA r=16 forward + backward 4096 × 4096, M=512, float32",
-        "LoRA forward + backward, M = 512, fp32",
-    ),
-    (
-        "4-bit linear",
-        "LoRA r=16 forward + backward 4096 × 4096, M=512, bfloat16",
-        "LoRA forward + backward, M = 512, bf16",
-    ),
-    ("AdamW step", "32-bit, 4096 × 4096, float32", "AdamW, 32-bit state"),
-    ("AdamW step", "8-bit, 4096 × 4096, float32", "AdamW, 8-bit state"),
-)
-PEERS = ("bitsandbytes", "torch", "torch fused", "torchao")
+# section -> case -> what the README calls it; all of 4096 × 4096
+CASES = {
+    "Quantize and dequantize": {
+        "quantize NF4 into fresh outputs, 4096 × 4096, float32": "quantize, fp32",
+        "quantize NF4 into fresh outputs, 4096 × 4096, bfloat16": "quantize, bf16",
+        "dequantize NF4 into a fresh output, 4096 × 4096, float32": "dequantize, fp32",
+        "dequantize NF4 into a fresh output, 4096 × 4096, bfloat16": "dequantize, bf16",
+        "dequantize NF4 into a reused output, 4096 × 4096, bfloat16": "the same, reused output",
+    },
+    "4-bit linear": {
+        "forward, 4096 × 4096, M=1, float32": "linear, M = 1, fp32",
+        "forward, 4096 × 4096, M=1, bfloat16": "linear, M = 1, bf16",
+        "LoRA r=16 forward + backward, 4096 × 4096, M=512, float32": (
+            "LoRA forward + backward, M = 512, fp32"
+        ),
+        "LoRA r=16 forward + backward, 4096 × 4096, M=512, bfloat16": (
+            "LoRA forward + backward, M = 512, bf16"
+        ),
+    },
+    "AdamW step": {
+        "AdamW 32-bit, 4096 × 4096, float32": "AdamW, 32-bit state",
+        "AdamW 8-bit, 4096 × 4096, float32": "AdamW, 8-bit state",
+    },
+}
 
 
 def _milliseconds(seconds: float) -> str:
@@ -52,20 +54,25 @@ def _milliseconds(seconds: float) -> str:
 
 def _op_rows(sections: dict[str, Any], isa: str) -> list[str]:
     """Ours as it runs by itself: forced to a narrower set it would meet peers that are not."""
-    rows = []
-    for section, case, label in CASES:
-        for row in sections.get(section, []):
-            if row["case"] != case or row["isa"] != isa:
-                continue
-            contenders = row["contenders"]
-            speedups = [
-                f"{ratio(contenders[peer]['speedup_of_ours'])} {peer}"
-                for peer in PEERS
-                if peer in contenders
-            ]
-            ours = _milliseconds(contenders[OURS]["median_seconds"])
-            rows.append(f"| {label} | {ours} | {row['of_limit']:.0%} | {', '.join(speedups)} |")
-    return rows
+    found = {
+        row["case"]: row
+        for section in CASES
+        for row in sections.get(section, [])
+        if row["isa"] == isa
+    }
+    labels = {case: label for cases in CASES.values() for case, label in cases.items()}
+    return [_op_row(label, found[case]) for case, label in labels.items() if case in found]
+
+
+def _op_row(label: str, row: dict[str, Any]) -> str:
+    contenders = row["contenders"]
+    speedups = ", ".join(
+        f"{ratio(measured['speedup_of_ours'])} {name}"
+        for name, measured in contenders.items()
+        if not is_ours(name)
+    )
+    ours = _milliseconds(contenders[OURS]["median_seconds"])
+    return f"| {label} | {ours} | {share(row['of_limit'])} | {speedups} |"
 
 
 def _step_line(step: dict[str, Any]) -> str:

@@ -1,8 +1,10 @@
-"""Runs all benchmarks in one process and writes docs/benchmarks.md and docs/benchmarks.json.
+"""Runs all benchmarks in one process; writes docs/benchmarks.md, benchmarks.json and their charts.
 
-    python -m bench.report                      # everything, on this machine, some twenty minutes
+    python -m bench.report                      # everything, on this machine, some 25 minutes
     python -m bench.report --only adamw         # one of them
+    python -m bench.report --full               # every case, some hours
     python -m bench.report --quick --out /tmp   # tiny shapes: does it all run?
+    THP_MEM_ALLOC_ENABLE=1 python -m bench.report   # torch's large tensors in huge pages, for all
 
 A bench file has either cases(), which the harness times, or section(), which measures by itself.
 """
@@ -10,11 +12,9 @@ A bench file has either cases(), which the harness times, or section(), which me
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,42 +22,25 @@ from typing import Any
 import torch
 
 import qlora_native
-from bench import harness, limits, machine, tables
-
-FOLDER = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Section:
-    """One benchmark's part of the report."""
-
-    title: str
-    markdown: str
-    data: Any
+from bench import charts, harness, limits, machine, tables
+from bench.case import Tier
+from bench.section import FOLDER, Section, modules
 
 
-def modules(only: Sequence[str]) -> list[tuple[str, ModuleType]]:
-    """Every bench_<op>.py, or those named."""
-    names = sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
-    unknown = set(only) - set(names)
-    if unknown:
-        raise SystemExit(f"no such benchmark: {', '.join(sorted(unknown))}; there are {names}")
-    return [
-        (n, importlib.import_module(f"bench.bench_{n}")) for n in names if not only or n in only
-    ]
-
-
-def make_section(module: ModuleType, quick: bool, isas: Sequence[str]) -> Section:
+def make_section(
+    module: ModuleType, tier: Tier, budget: harness.Budget, isas: Sequence[str]
+) -> Section:
+    quick = budget is harness.SMOKE
     if hasattr(module, "section"):
         section: Section = module.section(quick)
         return section
-    budget = harness.SMOKE if quick else harness.Budget()
-    rows = list(harness.run(module.cases(quick), budget, isas))
+    chosen = (case for case in module.cases(quick) if case.tier <= tier)
+    rows = list(harness.run(chosen, budget, isas))
     return Section(module.TITLE, tables.markdown_table(rows), tables.to_json(rows))
 
 
 def _gigabytes(level: dict[str, float]) -> str:
-    kinds = ("read", "write", "copy", "write_nt", "copy_nt")
+    kinds = ("read", "write", "copy", "update", "write_nt", "copy_nt")
     return " | ".join(f"{level[kind] / 1e9:.0f}" if kind in level else "–" for kind in kinds)
 
 
@@ -68,10 +51,14 @@ def _head(info: dict[str, Any], measured: limits.Limits) -> str:
         "",
         "Written by `python -m bench.report`; do not edit. Contenders run in one process, in",
         "shuffled rounds. *Median* and *best* are ours; *of limit* is the least time that the",
-        "machine's measured limits allow over our best; *vs peer* is the median over rounds of its",
-        "time over ours, and",
-        f"{tables.SLOWER} marks what a peer does faster. Ours is forced to each ISA in turn; the",
-        "peers keep the widest one that they know.",
+        "machine's measured limits allow (bench/limit_model.py) over our best: what is above it is",
+        f"marked {tables.ABOVE}, for the limit is wrong there. *vs peer* is the median over rounds "
+        "of its time",
+        f"over ours: what a peer does faster is marked {tables.SLOWER}. Ours is forced to each ISA "
+        "in turn; the",
+        "peers keep the widest one that they know. Outputs are fresh for all contenders of a row, "
+        "unless it",
+        "says reused; AdamW works in place.",
         "",
         f"- {info['processor']} (family/model {info['family_model']}), {info['cores']} cores, "
         f"{info['threads']} threads used, {info['memory']}; ISAs {', '.join(info['isas'])}",
@@ -81,9 +68,16 @@ def _head(info: dict[str, Any], measured: limits.Limits) -> str:
         f"transformers {info['transformers']}, peft {info['peft']}, Python {info['python']}",
         f"- GFLOP/s, all threads (avx512bf16: bf16 pair products): {flops}",
         "",
-        "| GB/s, all threads | read | write | copy | write, non-temporal | copy, non-temporal |",
-        "|---|---:|---:|---:|---:|---:|",
-        *(f"| {name} | {_gigabytes(level)} |" for name, level in measured.bandwidth.items()),
+        "GB/s of all threads by working set (MB of all threads), the best of all measurements of "
+        "the run; a copy and an update in place count both ways:",
+        "",
+        "| | MB | read | write | copy | update | write, non-temporal | copy, non-temporal |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        *(
+            f"| {name} | {level['bytes_per_thread'] * measured.threads / 1e6:.3g} "
+            f"| {_gigabytes(level)} |"
+            for name, level in measured.bandwidth.items()
+        ),
     ]
     return "\n".join(lines)
 
@@ -92,33 +86,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, one round")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="tiny shapes, one round")
+    extent.add_argument("--full", action="store_true", help="every case")
     parser.add_argument("--only", action="append", default=[], metavar="OP")
     parser.add_argument("--isa", action="append", help="ours under this ISA (may be repeated)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=FOLDER.parent / "docs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    tier = Tier.FULL if args.full else Tier.REPORT
+    budget = harness.SMOKE if args.quick else harness.Budget()
 
     chosen = modules(args.only)
     info = {**machine.describe(), "load_before": machine.load()}
-    measured = limits.measure(args.threads)
+    measured = limits.measure(args.threads, budget.limit_tries)
     sections = []
     for name, module in chosen:
         print(name, file=sys.stderr, flush=True)
-        sections.append(make_section(module, args.quick, args.isa or [qlora_native.cpu_isa()]))
+        isas = args.isa or [qlora_native.cpu_isa()]
+        sections.append(make_section(module, tier, budget, isas))
     info["load_after"] = machine.load()
 
-    parts = [_head(info, measured), *(f"## {s.title}\n\n{s.markdown}" for s in sections)]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
     data = {
         "machine": info,
         "limits": measured.to_json(),
         "sections": {s.title: s.data for s in sections},
     }
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "benchmarks.json").write_text(json.dumps(data, indent=1) + "\n")
-    print(f"wrote {args.out / 'benchmarks.md'} and benchmarks.json", file=sys.stderr)
+    images = charts.draw(data, args.out / "images")
+    drawn = "\n\n".join(f"![{title}](images/{path.name})" for title, path in images.items())
+    parts = [_head(info, measured), drawn, *(f"## {s.title}\n\n{s.markdown}" for s in sections)]
+    (args.out / "benchmarks.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    print(f"wrote benchmarks.md, benchmarks.json and images in {args.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

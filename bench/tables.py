@@ -5,27 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.harness import OURS, Row
+from bench.case import OURS, dtype_name
+from bench.harness import Row
+from bench.limit_model import BEYOND
 
 SLOWER = "🔴"  # beside every ratio that a peer wins
+ABOVE = "⚠"  # beside a share of the limit that no share can be: the limit is wrong there
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
     if value < 1e-3:
         return f"{value * 1e6:.1f} µs"
     return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
 
 
 def _rate(row: Row) -> str:
-    case, seconds = row.case, row.best()
+    case, best = row.case, row.best()
     if case.flops:
-        return f"{case.flops / seconds / 1e9:.0f} GFLOP/s"
-    return f"{(case.read + case.write) / seconds / 1e9:.1f} GB/s"
+        return f"{case.flops / best / 1e9:.0f} GFLOP/s"
+    return f"{(case.read + case.write) / best / 1e9:.1f} GB/s"
 
 
 def ratio(value: float) -> str:
     """A speed-up; what is slower than the peer beyond the noise is marked."""
     return f"{value:.2f}×{' ' + SLOWER if value < 0.98 else ''}"
+
+
+def share(value: float) -> str:
+    """Of the limit; what is above it is marked."""
+    return f"{value:.0%}{' ' + ABOVE if value > BEYOND else ''}"
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -37,10 +45,10 @@ def markdown_table(rows: Sequence[Row]) -> str:
         cells = [
             row.case.name,
             row.isa,
-            _seconds(row.median()),
-            _seconds(row.best()),
+            seconds(row.median()),
+            seconds(row.best()),
             _rate(row),
-            f"{row.of_limit():.0%}",
+            share(row.of_limit()),
             *(ratio(row.speedup(p)) if p in row.samples else "" for p in peers),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -51,6 +59,10 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {
             "case": row.case.name,
+            "op": row.case.op,
+            "where": row.case.where,
+            "m": row.case.m,
+            "dtype": dtype_name(row.case.dtype),
             "isa": row.isa,
             "read_bytes": row.case.read,
             "write_bytes": row.case.write,

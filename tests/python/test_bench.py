@@ -1,4 +1,4 @@
-"""Every benchmark runs, on tiny shapes, and the report of them is written."""
+"""Every benchmark runs, on tiny shapes, and the report of them is written, with its charts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench import charts
+from bench.bench_linear import cases
+from bench.case import Tier
+from bench.harness import Budget, time_contenders
+from bench.section import all_cases, names
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py"))
+PNG = b"\x89PNG\r\n"
 
 
 @pytest.mark.slow
@@ -22,10 +27,54 @@ def test_report(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads((tmp_path / "benchmarks.json").read_text())
-    assert len(report["sections"]) == len(BENCHES)
-    for level in ("L1", "L2", "memory"):
+    assert len(report["sections"]) == len(names())
+    for level in ("L1", "L2", "L3", "memory"):
         assert report["limits"]["bandwidth"][level]["copy"] > 1e8
     assert report["limits"]["flops"]["scalar"] > 1e8
     markdown = (tmp_path / "benchmarks.md").read_text()
     for title in report["sections"]:
         assert f"## {title}" in markdown
+
+    drawn = charts.draw(report, tmp_path / "again")
+    assert {"Roofline", "Speed-up over torch"} <= drawn.keys()
+    for title, path in drawn.items():
+        assert path.read_bytes().startswith(PNG)
+        assert f"![{title}](images/{path.name})" in markdown
+        assert (tmp_path / "images" / path.name).exists()
+
+
+def test_cases_have_names_of_their_own() -> None:
+    found = [case.name for _, case in all_cases(Tier.FULL)]
+    assert len(found) == len(set(found))
+
+
+def test_linear_cases_cover_what_they_promise() -> None:
+    full = list(cases(quick=False))
+    squares = {(c.m, str(c.dtype)) for c in full if c.op == "forward" and c.where == "4096 × 4096"}
+    assert {m for m, _ in squares} >= {1, 4, 16, 64, 256, 512, 1024, 4096}
+    assert {dtype for _, dtype in squares} == {"torch.float32", "torch.bfloat16", "torch.float16"}
+    for model in ("SmolLM2-135M", "Llama-3-8B", "Qwen2.5-7B"):
+        assert any(model in c.where for c in full if c.tier <= Tier.REPORT)
+
+
+def test_contenders_take_turns() -> None:
+    prepared: list[str] = []
+    called: list[str] = []
+    contenders = {name: (lambda name=name: called.append(name)) for name in "abc"}
+    budget = Budget(rounds=4, seconds=0.0, max_rounds=4, seconds_per_sample=0.0)
+    samples = time_contenders(contenders, budget, prepared.append)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4, "c": 4}
+    rounds = [called[i : i + 3] for i in range(len(called) - 12, len(called), 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 1
+    assert prepared[-12:] == called[-12:]
+
+
+def test_budget_ends() -> None:
+    budget = Budget(rounds=7, seconds=3.0, max_rounds=60, patience=15.0)
+    assert budget.goes_on(rounds=2, seconds=100.0)  # three, however long they take
+    assert not budget.goes_on(rounds=3, seconds=15.0)
+    assert budget.goes_on(rounds=6, seconds=14.0)
+    assert not budget.goes_on(rounds=7, seconds=3.0)
+    assert budget.goes_on(rounds=59, seconds=2.9)
+    assert not budget.goes_on(rounds=60, seconds=0.1)
