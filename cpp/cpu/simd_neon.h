@@ -270,9 +270,13 @@ struct Neon {
     return {four(x.low), four(x.high)};
   }
 
-  using Bins = Midpoints;
-  static Bins bins(const float* bounds) { return midpoints(bounds); }
-  static I count_below_binned(const Bins& b, F x) { return count_below(b, x); }
+  static constexpr bool kHasBins = false;
+  struct Bins {};
+  static Bins bins(const float*) { return {}; }
+
+  static constexpr bool kHasHalfBounds = false;
+  struct HalfMidpoints {};
+  static HalfMidpoints half_midpoints(const float*) { return {}; }
 
   using Bytes = uint8x16_t;
   static Bytes bytes(const std::uint8_t* entries) { return vld1q_u8(entries); }
