@@ -143,6 +143,10 @@ template <class V, Search kSearch, class T>
   }
 }
 
+// The smallest bf16 times the factor of such a divisor does not round to zero. Above it FP4's
+// midpoint 0 would have more than one T to either side that comes out as 0.
+inline constexpr float kLargestInBounds = 0x1p16f;
+
 // The same codes of 16-bit values, found among integers: x times the factor, rounded, lies above a
 // midpoint where x lies above the largest T of which that is not so. Fifteen such bounds a block
 // make the search one of twice as many lanes. They are found for all blocks first: with each
@@ -177,23 +181,21 @@ void encode_full_blocks(const Encoder4bit<V>& shared, const T* x, std::int64_t b
                         std::int64_t blocksize, std::uint8_t* packed, float* absmax) {
   const Encoder4bit<V> encoder = shared;  // a local one, which no store can alias
   float divisor[kMaxGroup], factor[kMaxGroup];
-  bool finite = true;
+  bool finite = true, in_bounds = true;
   for (std::int64_t block = 0; block < blocks; ++block) {
     absmax[block] = largest_magnitude<V>(x + block * blocksize, blocksize);
     divisor[block] = absmax[block] < kSmallestDivisor ? kSmallestDivisor : absmax[block];
     factor[block] = 1.0f / divisor[block];
     finite &= divisor[block] <= kLargestFloat;
+    in_bounds &= divisor[block] <= kLargestInBounds;
   }
   const Group<T> group{x, blocks, blocksize, packed, divisor, factor};
-  if (!finite) return encode_group<V, kSearch>(encoder, group);
-  constexpr bool kBins = V::kHasBins && kSearch == Search::ascending;
-  if constexpr (kBins) {
-    encode_group<V, Search::binned>(encoder, group);
+  if constexpr (V::kHasBins && kSearch == Search::ascending) {
+    if (finite) return encode_group<V, Search::binned>(encoder, group);
   } else if constexpr (sizeof(T) == 2 && V::kHasHalfBounds) {
-    encode_group_halves<V>(encoder, group);
-  } else {
-    encode_group<V, kSearch>(encoder, group);
+    if (in_bounds) return encode_group_halves<V>(encoder, group);
   }
+  encode_group<V, kSearch>(encoder, group);
 }
 
 // 0 < count < blocksize values, and the padding of an odd one.

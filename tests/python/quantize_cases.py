@@ -54,6 +54,10 @@ def inputs(n: int, blocksize: int, codebook: Tensor) -> Iterator[tuple[str, Tens
     yield "subnormal", randn() * 1e-39
     yield "huge", randn().clamp(-3, 3) * 1e38
     yield "wide", randn() * 10 ** (-7 * torch.rand(n, generator=generator))
+    tiny_beside_huge = randn() * 1e-39
+    tiny_beside_huge[::3] *= 1e30
+    tiny_beside_huge[::3] *= 1e16
+    yield "tiny beside huge", tiny_beside_huge
     yield "all zero", torch.zeros(n)
     yield "negative zero", -torch.zeros(n)
     some_blocks = randn()
