@@ -7,6 +7,7 @@ and in bf16, all in one process in shuffled rounds; memory in a process for each
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 
@@ -22,7 +23,7 @@ from qlora_native.collate import Batch, collate
 from qlora_native.data import Example
 
 TITLE = "Training step"
-ROUNDS = Budget(rounds=9, seconds=60.0, max_rounds=15, seconds_per_sample=0.0)
+ROUNDS = Budget(rounds=9, seconds=60.0, max_rounds=15, seconds_per_sample=0.0, hopeless=math.inf)
 
 
 def make_batch(quick: bool) -> Batch:

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 import torch
 
 import qlora_native
-from bench.case import OURS, Call, Case, Tier, is_ours
+from bench.case import COMPILED, OURS, Call, Case, Tier, is_ours
 from bench.limit_model import least_seconds
-from bench.limits import TRIES, Limits, measure, measure_again
+from bench.limits import TRIES, Limits, measure, probe
 
 Samples = dict[str, list[float]]  # contender -> seconds a call, round by round
 
@@ -33,14 +33,18 @@ Samples = dict[str, list[float]]  # contender -> seconds a call, round by round
 class Budget:
     """How long a case may take.
 
-    At least `rounds`, and more until `seconds` are over; three are enough once `patience` is.
+    At least `rounds`, and more until `seconds` are over; three are enough once `patience` is. A
+    peer whose call takes more than `hopeless` seconds is timed once (torch's fp16 product of a
+    matrix takes a hundred times as long as its fp32 one where the processor has no such
+    instructions).
     """
 
     rounds: int = 7
     seconds: float = 3.0
     max_rounds: int = 60
     seconds_per_sample: float = 0.01  # short calls are repeated for so long
-    patience: float = 15.0
+    patience: float = 10.0
+    hopeless: float = 2.5
     limit_tries: int = TRIES
 
     def goes_on(self, rounds: int, seconds: float) -> bool:
@@ -61,6 +65,7 @@ class Row:
     case: Case
     isa: str
     limits: Limits
+    limits_then: Limits  # with what the probes before and after the case saw
     samples: Samples = field(default_factory=dict)
 
     def median(self, name: str = OURS) -> float:
@@ -77,6 +82,10 @@ class Row:
         """limit / our best time: both are the best of several."""
         return self.limit() / self.best()
 
+    def of_limit_then(self) -> float:
+        """As of_limit, of what the machine gave at the time."""
+        return least_seconds(self.case, self.limits_then, self.isa) / self.best()
+
     def speedup(self, peer: str) -> float:
         """How many times faster than the peer we are: the median over rounds of the ratio."""
         return median_ratio(self.samples[peer], self.samples[OURS])
@@ -87,14 +96,17 @@ class Row:
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median over rounds of above / below."""
+    """The median over rounds of above / below; where one was timed but once, of the medians."""
+    if len(above) != len(below):
+        return statistics.median(above) / statistics.median(below)
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def calls_per_sample(call: Call, seconds: float) -> int:
-    begin = time.perf_counter()
-    call()
-    once = time.perf_counter() - begin
+    return _calls(sample(call, 1), seconds)
+
+
+def _calls(once: float, seconds: float) -> int:
     return max(1, min(1000, int(seconds / max(once, 1e-7))))
 
 
@@ -118,12 +130,18 @@ def time_contenders(
     """
     shuffle = random.Random(seed)
     calls = {}
+    samples: Samples = {}
     for name, call in contenders.items():
         prepare(name)
-        call()  # the first call pays for page faults, tables and compilation
-        calls[name] = calls_per_sample(call, budget.seconds_per_sample)
-    samples: Samples = {name: [] for name in contenders}
-    order = list(contenders)
+        once = sample(call, 1)  # it pays for page faults, tables and compilation
+        if once < 4 * budget.hopeless or is_ours(name) or name.endswith(COMPILED):
+            once = sample(call, 1)
+        samples[name] = []
+        if once > budget.hopeless and not is_ours(name):
+            samples[name].append(once)
+        else:
+            calls[name] = _calls(once, budget.seconds_per_sample)
+    order = list(calls)
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -166,12 +184,15 @@ def _time_case(case: Case, budget: Budget, isas: Sequence[str]) -> Iterator[tupl
 def run(cases: Iterable[Case], budget: Budget, isas: Sequence[str]) -> Iterator[Row]:
     """Time every case, ours under each of the instruction sets."""
     limits = measure(torch.get_num_threads(), budget.limit_tries)
+    before = limits if budget is SMOKE else probe(limits)
     for case in cases:
         print(f"  {case.name}", file=sys.stderr, flush=True)
-        for isa, samples in _time_case(case, budget, isas):
-            yield Row(case, isa, limits, samples)
-    if budget is not SMOKE:
-        measure_again(limits, budget.limit_tries)
+        timed = list(_time_case(case, budget, isas))
+        after = limits if budget is SMOKE else probe(limits)
+        then = limits.as_seen_by(before, after)
+        before = after
+        for isa, samples in timed:
+            yield Row(case, isa, limits, then, samples)
 
 
 def main(title: str, cases: Callable[[bool], Iterable[Case]]) -> None:

@@ -1,7 +1,8 @@
 """The machine's limits, measured by limits.c, which is compiled when it is first needed.
 
 A limit is the best that was ever seen: on a shared machine the bandwidth of one moment is half that
-of another, so it is measured again after each benchmark and never falls.
+of another, so what lies past a core's own caches is probed again after each case, and a limit never
+falls. What the probes beside a case saw is kept with its row.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("limits.c")
 MEMORY_BYTES = 256 << 20  # for each thread: past every cache
 TRIES = 15
+_PROBE_TRIES = 2
 
 READ: Collection[str] = ("read",)
 WRITE: Collection[str] = ("write", "write_nt")
@@ -61,8 +63,16 @@ class Limits:
         for isa, rate in other.flops.items():
             self.flops[isa] = max(self.flops[isa], rate)
         for level, rates in other.bandwidth.items():
-            for kind, rate in rates.items():
-                self.bandwidth[level][kind] = max(self.bandwidth[level][kind], rate)
+            mine = self.bandwidth[level]
+            mine.update({kind: max(mine[kind], rate) for kind, rate in rates.items()})
+
+    def as_seen_by(self, *probes: Limits) -> Limits:
+        """These limits, but where the probes looked, the best of theirs."""
+        seen = {
+            level: {kind: max(probe.bandwidth[level][kind] for probe in probes) for kind in rates}
+            for level, rates in probes[0].bandwidth.items()
+        }
+        return replace(self, bandwidth={**self.bandwidth, **seen})
 
     def to_json(self) -> dict[str, object]:
         return {"threads": self.threads, "flops": self.flops, "bandwidth": self.bandwidth}
@@ -112,8 +122,8 @@ def _program() -> str:
     return program
 
 
-def _measure_now(threads: int, tries: int) -> Limits:
-    arguments = [f"{name}={size}" for name, size in working_sets(threads).items()]
+def _measure_now(threads: int, tries: int, sets: dict[str, int]) -> Limits:
+    arguments = [f"{name}={size}" for name, size in sets.items()]
     command = [_program(), str(threads), str(tries), *arguments]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     return Limits(**json.loads(run.stdout))
@@ -121,15 +131,20 @@ def _measure_now(threads: int, tries: int) -> Limits:
 
 @functools.cache
 def measure(threads: int, tries: int = TRIES) -> Limits:
-    """The limits, some ten seconds when they are first asked for.
+    """The limits, some fifteen seconds when they are first asked for.
 
     Raises:
         RuntimeError: there is no C compiler.
         subprocess.CalledProcessError: it failed.
     """
-    return _measure_now(threads, tries)
+    return _measure_now(threads, tries, working_sets(threads))
 
 
-def measure_again(limits: Limits, tries: int = TRIES) -> None:
-    """Raise every rate to what is seen now."""
-    limits.raise_to(_measure_now(limits.threads, tries))
+def probe(limits: Limits) -> Limits:
+    """What memory and the shared cache do now, in about a second; the limits are raised to it."""
+    sets = working_sets(limits.threads)
+    names = list(sets)
+    past_core = {name: sets[name] for name in names[names.index("L3") :]}
+    seen = _measure_now(limits.threads, _PROBE_TRIES, past_core)
+    limits.raise_to(seen)
+    return seen

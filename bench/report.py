@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,20 @@ import qlora_native
 from bench import charts, harness, limits, machine, tables
 from bench.case import Tier
 from bench.section import FOLDER, Section, modules
+
+_ABOUT = (
+    "Contenders run in one process, in shuffled rounds. *Median* and *best* are ours. *vs peer* is "
+    "the median over rounds of its time over ours: what a peer does faster is marked "
+    f"{tables.SLOWER}. Ours is forced to each ISA in turn; the peers keep the widest one that they "
+    "know. Outputs are fresh for all contenders of a row unless it says reused, and new pages are "
+    "dear on a virtual machine; AdamW works in place. A peer that takes seconds is timed once."
+)
+_ABOUT_LIMITS = (
+    "*Of limit* is the least time that the machine's measured limits allow (bench/limit_model.py) "
+    f"over our best: what is above it is marked {tables.ABOVE}, for the limit is wrong there. "
+    "*Then* is the same by what memory gave just before and after the row: on a shared machine that "
+    "may be half of its best."
+)
 
 
 def make_section(
@@ -49,16 +64,11 @@ def _head(info: dict[str, Any], measured: limits.Limits) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python -m bench.report`; do not edit. Contenders run in one process, in",
-        "shuffled rounds. *Median* and *best* are ours; *of limit* is the least time that the",
-        "machine's measured limits allow (bench/limit_model.py) over our best: what is above it is",
-        f"marked {tables.ABOVE}, for the limit is wrong there. *vs peer* is the median over rounds "
-        "of its time",
-        f"over ours: what a peer does faster is marked {tables.SLOWER}. Ours is forced to each ISA "
-        "in turn; the",
-        "peers keep the widest one that they know. Outputs are fresh for all contenders of a row, "
-        "unless it",
-        "says reused; AdamW works in place.",
+        "Written by `python -m bench.report`; do not edit.",
+        "",
+        *textwrap.wrap(_ABOUT, 100),
+        "",
+        *textwrap.wrap(_ABOUT_LIMITS, 100),
         "",
         f"- {info['processor']} (family/model {info['family_model']}), {info['cores']} cores, "
         f"{info['threads']} threads used, {info['memory']}; ISAs {', '.join(info['isas'])}",

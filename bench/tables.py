@@ -39,7 +39,16 @@ def share(value: float) -> str:
 def markdown_table(rows: Sequence[Row]) -> str:
     """One line a row: our time, rate and share of the limit, and the speed-up over each peer."""
     peers = list(dict.fromkeys(peer for row in rows for peer in row.peers))
-    head = ["case", "ISA", "median", "best", "rate", "of limit", *(f"vs {p}" for p in peers)]
+    head = [
+        "case",
+        "ISA",
+        "median",
+        "best",
+        "rate",
+        "of limit",
+        "then",
+        *(f"vs {p}" for p in peers),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * 2 + "|---:" * (len(head) - 2) + "|"]
     for row in rows:
         cells = [
@@ -49,6 +58,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
             seconds(row.best()),
             _rate(row),
             share(row.of_limit()),
+            f"{row.of_limit_then():.0%}",
             *(ratio(row.speedup(p)) if p in row.samples else "" for p in peers),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -69,6 +79,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "flops": row.case.flops,
             "limit_seconds": row.limit(),
             "of_limit": row.of_limit(),
+            "of_limit_then": row.of_limit_then(),
             "contenders": {
                 name: {
                     "median_seconds": row.median(name),

@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from bench import charts
 from bench.bench_linear import cases
-from bench.case import Tier
-from bench.harness import Budget, time_contenders
+from bench.case import OURS, Tier
+from bench.harness import Budget, median_ratio, time_contenders
 from bench.section import all_cases, names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +69,14 @@ def test_contenders_take_turns() -> None:
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len({tuple(one) for one in rounds}) > 1
     assert prepared[-12:] == called[-12:]
+
+
+def test_a_hopeless_peer_is_timed_once() -> None:
+    contenders = {OURS: lambda: time.sleep(0.02), "peer": lambda: time.sleep(0.02), "fast": int}
+    budget = Budget(rounds=3, seconds=0.0, seconds_per_sample=0.0, hopeless=0.01)
+    samples = time_contenders(contenders, budget)
+    assert {name: len(times) for name, times in samples.items()} == {OURS: 3, "peer": 1, "fast": 3}
+    assert 0.5 < median_ratio(samples["peer"], samples[OURS]) < 2
 
 
 def test_budget_ends() -> None:

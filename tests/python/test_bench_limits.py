@@ -78,6 +78,17 @@ def test_in_place_counts_a_byte_once_in_the_working_set(limits: Limits) -> None:
     assert least_seconds(case(**work), limits, "avx2") < 0.032 / 40
 
 
+def test_as_seen_by_probes(limits: Limits) -> None:
+    """What was probed is the probes' best; the rest stays."""
+    probes = [Limits(2, {}, {"memory": level(128, *rates)}) for rates in ((10, 9, 8), (12, 7, 8))]
+    then = limits.as_seen_by(*probes)
+    assert then.rate(READ, 256 * MB) == pytest.approx(12 * GB)
+    assert then.rate(WRITE, 256 * MB) == pytest.approx(9 * GB)
+    assert then.rate(READ, 1 * MB) == pytest.approx(400 * GB)
+    assert limits.rate(READ, 256 * MB) == pytest.approx(40 * GB)
+    assert probes[0].bandwidth["memory"]["read"] == 10 * GB
+
+
 def test_raise_to_keeps_the_best(limits: Limits) -> None:
     other = Limits(2, {**limits.flops, "avx2": 250.0 * GB}, {"memory": level(128, 60, 10, 10)})
     limits.raise_to(other)
