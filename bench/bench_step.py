@@ -10,6 +10,7 @@ import argparse
 import math
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -50,15 +51,24 @@ def _seconds(quick: bool, batch: Batch) -> dict[tuple[str, str], list[float]]:
     return {(key.split()[0], key.split()[1]): seconds for key, seconds in samples.items()}
 
 
+def _memory(
+    keys: list[tuple[str, str]], quick: bool, threads: int
+) -> dict[tuple[str, str], dict[str, int]]:
+    """One process after the other; for the smoke test all at once."""
+
+    def measure(key: tuple[str, str]) -> dict[str, int]:
+        print(f"  memory: {', '.join(key)}", file=sys.stderr, flush=True)
+        return step_memory.measure(*key, quick, threads)
+
+    with ThreadPoolExecutor(len(keys) if quick else 1) as pool:
+        return dict(zip(keys, pool.map(measure, keys), strict=True))
+
+
 def section(quick: bool) -> Section:
     batch = make_batch(quick)
     dtypes = _dtypes(quick)
     threads = torch.get_num_threads()
-    memory = {}
-    for name in names():
-        for dtype in dtypes:
-            print(f"  memory: {name}, {dtype}", file=sys.stderr, flush=True)
-            memory[name, dtype] = step_memory.measure(name, dtype, quick, threads)
+    memory = _memory([(name, dtype) for name in names() for dtype in dtypes], quick, threads)
     print("  time", file=sys.stderr, flush=True)
     seconds = _seconds(quick, batch)
 

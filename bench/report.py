@@ -37,8 +37,8 @@ _ABOUT = (
 _ABOUT_LIMITS = (
     "*Of limit* is the least time that the machine's measured limits allow (bench/limit_model.py) "
     f"over our best: what is above it is marked {tables.ABOVE}, for the limit is wrong there. "
-    "*Then* is the same by what memory gave just before and after the row: on a shared machine that "
-    "may be half of its best."
+    "*Then* is the same by what memory gave just before and after the row, which on a shared "
+    "machine may be half of its best."
 )
 
 
