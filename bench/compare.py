@@ -4,10 +4,12 @@
     python -m bench.compare v0.1.0 HEAD --only "M=1," --isa avx2 --threads 1
     python -m bench.compare main HEAD --full --only "forward"
 
-Both commits run this checkout's benchmarks. Two processes, one for each commit, take turns in the
-order A B B A, case by case; then two new ones do it again, since a process can be lucky in how its
-memory lies. Exit code: 0, no case is slower; 1, one is, by more than the threshold and by more than
-its 95 % interval; 2, something failed.
+Both commits run this checkout's benchmarks, the default subset in some five minutes. Two processes,
+one for each commit, take turns A B B A, case by case, and each gives its best time: what disturbs a
+timing only adds to it. Then two new ones do it again, for a process can be lucky in how its memory
+lies, and neighbours on the machine come and go by the second: a pair of processes is one pair of
+times, and the interval is over these. Exit code: 0, no case is slower; 1, one is, by more than the
+threshold and by more than its 95 % interval; 2, something failed.
 """
 
 from __future__ import annotations
@@ -43,9 +45,6 @@ class Worker:
             env={**os.environ, "PYTHONPATH": str(python)},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        package = Path(self.ask("package"))
-        if not package.is_relative_to(python):
-            raise RuntimeError(f"the worker was to time the package in {python}, not {package}")
 
     def ask(self, command: str) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -55,6 +54,12 @@ class Worker:
         if not answer:
             raise RuntimeError(f"the worker ended at {command!r}")
         return json.loads(answer)
+
+    def check_package(self, python: Path) -> None:
+        """That it times the package that lies there."""
+        package = Path(self.ask("package"))
+        if not package.is_relative_to(python):
+            raise RuntimeError(f"the worker was to time the package in {python}, not {package}")
 
     def __enter__(self) -> Worker:
         return self
@@ -72,29 +77,31 @@ class Comparison:
     error: str | None = None
 
 
-def _abba(a: Worker, b: Worker) -> list[Pair]:
-    first = a.ask("time"), b.ask("time")
-    later = b.ask("time")
-    return [first, (a.ask("time"), later)]
+def _take_turns(a: Worker, b: Worker, rounds: int) -> Pair:
+    """The best of A and of B, in turns A B B A."""
+    times: dict[Worker, list[float]] = {a: [], b: []}
+    for worker in [a, b, b, a] * rounds:
+        times[worker].append(worker.ask("time"))
+    return min(times[a]), min(times[b])
 
 
 def compare(
     pythons: tuple[Path, Path], names: Sequence[str], options: Sequence[str],
     processes: int, rounds: int,
 ) -> list[Comparison]:  # fmt: skip
-    """Times every case `processes` × `rounds` × 2 times with both builds."""
+    """A pair of times for every case from each pair of processes."""
     comparisons = [Comparison(name) for name in names]
     for process in range(processes):
+        print(f"  processes {process + 1} of {processes}", file=sys.stderr, flush=True)
         with Worker(pythons[0], options) as a, Worker(pythons[1], options) as b:
-            for number, comparison in enumerate(comparisons):
-                where = f"process {process + 1} of {processes}, case {number + 1} of {len(names)}"
-                print(f"  {where}: {comparison.name}", file=sys.stderr, flush=True)
+            for worker, python in zip((a, b), pythons, strict=True):
+                worker.check_package(python)
+            for comparison in comparisons:
                 for letter, worker in (("A", a), ("B", b)):
                     if error := worker.ask(f"case {comparison.name}"):
                         comparison.error = f"{letter}: {error}"
                 if comparison.error is None:
-                    for _ in range(rounds):
-                        comparison.pairs += _abba(a, b)
+                    comparison.pairs.append(_take_turns(a, b, rounds))
     return comparisons
 
 
@@ -129,8 +136,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it all run?")
     parser.add_argument("--isa", default="default", help="force both to this instruction set")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--processes", type=int, default=3, help="pairs of processes (default 3)")
-    parser.add_argument("--rounds", type=int, default=4, help="A B B A in each (default 4)")
+    parser.add_argument("--processes", type=int, default=10, help="pairs of them (default 10)")
+    parser.add_argument("--rounds", type=int, default=2, help="A B B A in each (default 2)")
     parser.add_argument("--threshold", type=float, default=0.03, help="(default 0.03)")
     return parser.parse_args()
 

@@ -40,7 +40,7 @@ class Budget:
     """
 
     rounds: int = 7
-    seconds: float = 3.0
+    seconds: float = 2.5
     max_rounds: int = 60
     seconds_per_sample: float = 0.01  # short calls are repeated for so long
     patience: float = 10.0

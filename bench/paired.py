@@ -2,7 +2,8 @@
 
 Each pair was measured side by side, so a drift of the machine is in both of its halves. The ratio
 is the geometric mean over pairs of B's time over A's, and its interval is bootstrapped: pairs are
-drawn with replacement, many times, and the middle 95 % of the means are kept.
+drawn with replacement, many times, and the middle 95 % of the means are kept. Pairs must be
+independent: timings of one process are not, and count as one.
 """
 
 from __future__ import annotations

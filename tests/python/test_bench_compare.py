@@ -46,10 +46,10 @@ def test_ratio_is_symmetric() -> None:
 
 
 def test_interval_holds_the_truth_as_often_as_it_says() -> None:
-    """95 % of intervals, of 24 pairs; a bootstrap of so few is a little too narrow."""
-    ratios = [paired.ratio(pairs(1.0, noise=0.1, seed=seed), seed) for seed in range(100)]
-    held = sum(ratio.low <= 1.0 <= ratio.high for ratio in ratios)
-    assert 86 <= held <= 100
+    """95 % of the intervals; a bootstrap of ten pairs is a little too narrow, some 90 %."""
+    ratios = [paired.ratio(pairs(1.0, 0.1, count=10, seed=seed), seed) for seed in range(200)]
+    held = sum(ratio.low <= 1.0 <= ratio.high for ratio in ratios) / len(ratios)
+    assert 0.84 <= held <= 0.99
 
 
 def test_verdict_needs_the_threshold_and_the_interval() -> None:
@@ -97,8 +97,8 @@ def test_two_builds_take_turns() -> None:
     python = Path(qlora_native.__file__).parents[1]
     name = next(c.name for _, c in all_cases(Tier.CORE, quick=True) if c.op == "forward")
     options = ["--threads=1", "--isa=default", "--quick"]
-    (comparison,) = compare.compare((python, python), [name], options, processes=1, rounds=2)
-    assert comparison.error is None and len(comparison.pairs) == 4
+    (comparison,) = compare.compare((python, python), [name], options, processes=2, rounds=1)
+    assert comparison.error is None and len(comparison.pairs) == 2
 
 
 def _is_checkout() -> bool:
