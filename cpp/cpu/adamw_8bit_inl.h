@@ -20,66 +20,42 @@
 
 namespace qlora::cpu {
 
-// The codes of zero.
-inline constexpr std::uint8_t kSignedZero = 127;
-inline constexpr std::uint8_t kUnsignedZero = 0;
-static_assert(kDynamicMapSigned[kSignedZero] == 0.0f && kDynamicMapUnsigned[kUnsignedZero] == 0.0f);
-
-// `count` < kWidth codes; the lanes past them get the code of zero.
-template <class V>
-typename V::I load_codes_n(const std::uint8_t* codes, std::int64_t count, std::uint8_t zero) {
-  std::uint8_t lanes[V::kWidth];
-  for (int i = 0; i < V::kWidth; ++i) lanes[i] = i < count ? codes[i] : zero;
-  return V::load_bytes(lanes);
-}
-
-template <class V>
-void store_codes_n(std::uint8_t* codes, typename V::I code, std::int64_t count) {
-  std::uint8_t lanes[V::kWidth];
-  V::store_bytes(lanes, code);
-  for (int i = 0; i < count; ++i) codes[i] = lanes[i];
-}
-
 // Whether x * (1 / absmax) loses nothing to the subnormals: second moments do get so small.
 constexpr bool has_normal_inverse(float absmax) {
   return absmax >= 0x1p-120f && absmax <= 0x1p120f;
 }
 
 // One moment of one block in fp32, between decoding and encoding.
-template <class V>
+template <class V, bool kSigned>
 struct MomentBlock {
   using F = typename V::F;
-  static_assert(kOptimizerBlocksize % V::kWidth == 0);
+  static_assert(kOptimizerBlocksize % V::kWidth == 0 && kOptimizerBlocksize <= kRun8bit);
 
   alignas(64) float values[kOptimizerBlocksize];
   F largest = V::zero();  // magnitude, by lane
+
+  // Over their absmax still. Lanes of the last vector past the end hold zero.
+  void decode(const std::uint8_t* codes, std::int64_t count) {
+    decode_8bit<V, kSigned>(codes, count, values);
+    for (std::int64_t i = count; i % V::kWidth != 0; ++i) values[i] = 0.0f;
+  }
 
   [[gnu::always_inline]] void put(std::int64_t i, F value) {
     V::store(values + i, value);
     largest = V::max_magnitude(largest, value);
   }
 
-  void encode(const DynamicCodes& map, std::int64_t count, std::uint8_t* codes, float* absmax) {
+  void encode(std::int64_t count, std::uint8_t* codes, float* absmax) const {
     *absmax = V::reduce_max_magnitude(largest);
+    const bool finite = *absmax <= kLargestFloat;
     if (has_normal_inverse(*absmax)) {
       const F inverse = V::set1(1.0f / *absmax);
-      encode_values(map, count, codes, [&](F v) { return V::mul(v, inverse); });
+      const auto value = [&](std::int64_t i) { return V::mul(V::load(values + i), inverse); };
+      encode_8bit<V, kSigned>(value, count, finite, codes);
     } else {  // a block of zeros has absmax 0 and the codes of zero
       const F divisor = V::set1(*absmax == 0.0f ? 1.0f : *absmax);
-      encode_values(map, count, codes, [&](F v) { return V::div(v, divisor); });
-    }
-  }
-
-  template <class Normalize>
-  void encode_values(const DynamicCodes& map, std::int64_t count, std::uint8_t* codes,
-                     const Normalize& normalize) {
-    std::int64_t i = 0;
-    for (; i + V::kWidth <= count; i += V::kWidth) {
-      V::store_bytes(codes + i, encode_8bit<V>(map, normalize(V::load(values + i))));
-    }
-    if (i < count) {
-      const auto code = encode_8bit<V>(map, normalize(V::load(values + i)));
-      store_codes_n<V>(codes + i, code, count - i);
+      const auto value = [&](std::int64_t i) { return V::div(V::load(values + i), divisor); };
+      encode_8bit<V, kSigned>(value, count, finite, codes);
     }
   }
 };
@@ -92,17 +68,17 @@ void adamw_8bit_block(const Adamw8bitTensor& t, const AdamwUpdate<V>& update, st
   const std::int64_t count = rest < kOptimizerBlocksize ? rest : kOptimizerBlocksize;
   P* const param = static_cast<P*>(t.param) + first;
   const G* const grad = static_cast<const G*>(t.grad) + first;
-  std::uint8_t* const m_codes = t.exp_avg + first;
-  std::uint8_t* const v_codes = t.exp_avg_sq + first;
   const F m_absmax = V::set1(t.exp_avg_absmax[block]);
   const F v_absmax = V::set1(t.exp_avg_sq_absmax[block]);
 
-  MomentBlock<V> m_block, v_block;
-  const auto update_values = [&](std::int64_t i, F raw_grad, F p, auto m_code,
-                                 auto v_code) __attribute__((always_inline)) {
+  MomentBlock<V, true> m_block;
+  MomentBlock<V, false> v_block;
+  m_block.decode(t.exp_avg + first, count);
+  v_block.decode(t.exp_avg_sq + first, count);
+  const auto update_values = [&](std::int64_t i, F raw_grad, F p) __attribute__((always_inline)) {
     const F g = update.gradient(raw_grad);
-    const F m_old = V::mul(decode_8bit<V>(kSignedCodes, m_code), m_absmax);
-    const F v_old = V::mul(decode_8bit<V>(kUnsignedCodes, v_code), v_absmax);
+    const F m_old = V::mul(V::load(m_block.values + i), m_absmax);
+    const F v_old = V::mul(V::load(v_block.values + i), v_absmax);
     const F v_new = update.second_moment(v_old, g);
     const F m = V::where_finite(v_new, update.first_moment(m_old, g), m_old);
     const F v = V::where_finite(v_new, v_new, v_old);
@@ -113,19 +89,14 @@ void adamw_8bit_block(const Adamw8bitTensor& t, const AdamwUpdate<V>& update, st
 
   std::int64_t i = 0;
   for (; i + V::kWidth <= count; i += V::kWidth) {
-    V::store(param + i, update_values(i, V::load(grad + i), V::load(param + i),
-                                      V::load_bytes(m_codes + i), V::load_bytes(v_codes + i)));
+    V::store(param + i, update_values(i, V::load(grad + i), V::load(param + i)));
   }
   if (i < count) {
-    // Lanes past the end are given the code of zero, and so hold zero moments.
     const std::int64_t n = count - i;
-    const F p = update_values(i, V::load_n(grad + i, n), V::load_n(param + i, n),
-                              load_codes_n<V>(m_codes + i, n, kSignedZero),
-                              load_codes_n<V>(v_codes + i, n, kUnsignedZero));
-    V::store_n(param + i, p, n);
+    V::store_n(param + i, update_values(i, V::load_n(grad + i, n), V::load_n(param + i, n)), n);
   }
-  m_block.encode(kSignedCodes, count, m_codes, &t.exp_avg_absmax[block]);
-  v_block.encode(kUnsignedCodes, count, v_codes, &t.exp_avg_sq_absmax[block]);
+  m_block.encode(count, t.exp_avg + first, &t.exp_avg_absmax[block]);
+  v_block.encode(count, t.exp_avg_sq + first, &t.exp_avg_sq_absmax[block]);
 }
 
 template <class V>

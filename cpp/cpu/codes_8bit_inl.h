@@ -6,17 +6,26 @@
 // float lies. A bucket is one word, code and limit:
 //
 //   code = code of the bucket's lowest value;   code += low(x) > limit
+//        = (word + low(x)) >> 16,   word = code << 16 | 0xFFFF - limit
 //
 // where the limit is the midpoint's low half or, above an odd code, that of the float just below
 // it, so that the tie itself goes up. Low halves of negative floats are inverted, so that they
-// ascend, too. Buckets below 2^-23 hold no midpoint and share one; x is clamped to [-1, 1] first.
-// That leaves a table of 3 kB, which stays in the L1 cache, and one gather for a code.
+// ascend, too. Buckets below 2^-23 hold no midpoint and share one.
+//
+// That leaves 23 kB of words (12 kB for values that are not negative), of which ordinary values,
+// most of them within a few octaves, touch 3 kB. They are read one by one between two passes on
+// vectors: two loads and a store for a value, which Zen 4 does in a cycle and a gather in two.
+//
+// Where 16-bit lanes are looked up in registers, codes_8bit_halves_inl.h does without the table;
+// the codes are the same.
 #pragma once
 
 #include <bit>
 #include <cstdint>
 
+#include "codes_8bit_halves_inl.h"
 #include "qlora_native/dynamic_map.h"
+#include "scales_inl.h"
 
 namespace qlora::cpu {
 
@@ -26,25 +35,13 @@ struct DynamicCodes {
   static constexpr std::int32_t kBuckets = kHighestKey - kLowestKey + 1;  // of one sign
   static constexpr std::int32_t kNoLimit = 0xFFFF;                        // nothing is above it
 
-  float values[256];                   // by code, ascending
-  std::int32_t buckets[2 * kBuckets];  // code << 16 | limit; positive, then negative
+  std::int32_t words[2 * kBuckets];  // by bucket; positive, then negative
 };
-
-// The largest float that still gets code i, not i + 1.
-constexpr float upper_limit(const float (&map)[256], int i) {
-  if (i == 255) return std::bit_cast<float>(0x7F800000);
-  const float midpoint = (map[i] + map[i + 1]) / 2.0f;
-  if (i % 2 == 0) return midpoint;
-  const std::int32_t bits = std::bit_cast<std::int32_t>(midpoint);
-  return std::bit_cast<float>(midpoint > 0.0f ? bits - 1 : bits + 1);
-}
 
 constexpr std::uint32_t upper_half(float x) { return std::bit_cast<std::uint32_t>(x) >> 16; }
 
 constexpr DynamicCodes make_dynamic_codes(const float (&map)[256]) {
   DynamicCodes codes{};
-  for (int i = 0; i < 256; ++i) codes.values[i] = map[i];
-
   constexpr std::int32_t n = DynamicCodes::kBuckets;
   int code = 0;
   for (std::int32_t i = 2 * n - 1; i >= 0; --i) {  // ascending values: from -1 to -0, from 0 to 1
@@ -63,7 +60,7 @@ constexpr DynamicCodes make_dynamic_codes(const float (&map)[256]) {
       low = std::bit_cast<std::int32_t>(limit) & 0xFFFF;
       if (negative) low ^= 0xFFFF;
     }
-    codes.buckets[index] = (code << 16) | low;
+    codes.words[index] = (code << 16) | (DynamicCodes::kNoLimit - low);
   }
   return codes;
 }
@@ -83,35 +80,96 @@ constexpr bool one_midpoint_a_bucket(const float (&map)[256]) {
 static_assert(one_midpoint_a_bucket(kDynamicMapSigned) &&
               one_midpoint_a_bucket(kDynamicMapUnsigned));
 
-template <class V>
-const DynamicCodes& dynamic_codes(bool is_signed) {
-  return is_signed ? kSignedCodes : kUnsignedCodes;
-}
+template <bool kSigned>
+inline constexpr const DynamicCodes& kDynamicCodes = kSigned ? kSignedCodes : kUnsignedCodes;
 
-// kWidth codes, one to a 32-bit lane (V::store_bytes writes them). x is a value over its block's
-// absmax: outside [-1, 1] it counts as the nearer end, and NaN as -1.
+// Where the bucket of a float lies in the table, plus kLowestKey.
 template <class V>
-[[gnu::always_inline]] inline typename V::I encode_8bit(const DynamicCodes& codes,
-                                                        typename V::F x) {
+[[gnu::always_inline]] inline typename V::I bucket_of(typename V::I bits) {
   using I = typename V::I;
-  const I low_half = V::set1_int(0xFFFF);
-  x = V::min(V::max(x, V::set1(-1.0f)), V::set1(1.0f));
-  const I bits = V::bits(x);
   const I key = V::template shift_right<16>(V::bit_and(bits, V::set1_int(0x7FFFFFFF)));
-  const I bucket = V::max(V::sub(key, V::set1_int(DynamicCodes::kLowestKey)), V::set1_int(0));
+  const I bucket = V::max(key, V::set1_int(DynamicCodes::kLowestKey));
   const I sign = V::template shift_right<31>(bits);  // all ones where negative
-  const I index = V::add(bucket, V::bit_and(sign, V::set1_int(DynamicCodes::kBuckets)));
-  const I entry = V::gather(codes.buckets, index);
-  const I below = V::sub(V::bit_and(entry, low_half),  // negative where x is above the limit
-                         V::bit_and(V::bit_xor(bits, sign), low_half));
-  return V::sub(V::template shift_right<16>(entry), V::template shift_right<31>(below));
+  return V::add(bucket, V::bit_and(sign, V::set1_int(DynamicCodes::kBuckets)));
 }
 
-// The values of kWidth codes.
+// The code, of the bucket's word.
 template <class V>
-[[gnu::always_inline]] inline typename V::F decode_8bit(const DynamicCodes& codes,
-                                                        typename V::I code) {
-  return V::lookup_256(codes.values, code);
+[[gnu::always_inline]] inline typename V::I code_in_bucket(typename V::I word, typename V::I bits) {
+  const auto ascending = V::bit_xor(bits, V::template shift_right<31>(bits));
+  const auto sum = V::add(word, V::bit_and(ascending, V::set1_int(0xFFFF)));
+  return V::template shift_right<16>(sum);
+}
+
+// at[i] = words[at[i] - kLowestKey] for i < n, one by one (as scales_inl.h's map is read, and why).
+template <class V>
+[[gnu::optimize("no-tree-vectorize")]] void read_words(const std::int32_t* words, std::int64_t n,
+                                                       std::int32_t* at) {
+#pragma GCC unroll 8
+  for (std::int64_t i = 0; i < n; ++i) at[i] = words[at[i] - DynamicCodes::kLowestKey];
+}
+
+inline constexpr std::int64_t kRun8bit = 256;  // values that are encoded or decoded together
+
+// The codes of value(0), value(kWidth), …, which hold `count` <= kRun8bit values between -1 and 1
+// and a few ulp beyond. Lanes of the last vector past the end may hold any of them.
+template <class V, bool kSigned, class Value>
+[[gnu::always_inline]] inline void encode_by_buckets(const Value& value, std::int64_t count,
+                                                     std::uint8_t* codes) {
+  constexpr std::int64_t kWidth = V::kWidth;
+  std::int32_t words[kRun8bit];
+  for (std::int64_t i = 0; i < count; i += kWidth) {
+    V::store_int(words + i, bucket_of<V>(V::bits(value(i))));
+  }
+  read_words<V>(kDynamicCodes<kSigned>.words, count, words);
+  const auto code = [&](std::int64_t i) __attribute__((always_inline)) {
+    return code_in_bucket<V>(V::load_int(words + i), V::bits(value(i)));
+  };
+  std::int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) V::store_bytes(codes + i, code(i));
+  if (i < count) {
+    std::uint8_t rest[V::kWidth];
+    V::store_bytes(rest, code(i));
+    for (std::int64_t j = i; j < count; ++j) codes[j] = rest[j - i];
+  }
+}
+
+// The codes of value(0), value(kWidth), …, which hold `count` <= kRun8bit values over their block's
+// absmax; `finite` says whether that is. If not, what lies outside [-1, 1] counts as the nearer
+// end, and NaN as -1.
+template <class V, bool kSigned, class Value>
+[[gnu::always_inline]] inline void encode_8bit(const Value& value, std::int64_t count, bool finite,
+                                               std::uint8_t* codes) {
+  if (!finite) {
+    const auto clamped = [&](std::int64_t i) {
+      return V::min(V::max(value(i), V::set1(-1.0f)), V::set1(1.0f));
+    };
+    return encode_by_buckets<V, kSigned>(clamped, count, codes);
+  }
+  std::int64_t begin = 0;
+  if constexpr (V::kHasHalfTables) {
+    constexpr std::int64_t kStep = 2 * V::kWidth;
+    for (; begin + kStep <= count; begin += kStep) {
+      const auto code = encode_8bit_halves<V, kSigned>(value(begin), value(begin + V::kWidth));
+      V::store_half_bytes(codes + begin, code);
+    }
+    if (begin == count) return;
+  }
+  const auto rest = [&](std::int64_t i) __attribute__((always_inline)) { return value(begin + i); };
+  encode_by_buckets<V, kSigned>(rest, count - begin, codes + begin);
+}
+
+// values[i] = map[codes[i]] for i < count <= kRun8bit.
+template <class V, bool kSigned>
+[[gnu::always_inline]] inline void decode_8bit(const std::uint8_t* codes, std::int64_t count,
+                                               float* values) {
+  std::int64_t i = 0;
+  if constexpr (V::kHasHalfTables) {
+    for (; i + 2 * V::kWidth <= count; i += 2 * V::kWidth) {
+      decode_8bit_halves<V, kSigned>(codes + i, values + i);
+    }
+  }
+  read_map<V>(dynamic_map(kSigned), codes + i, count - i, values + i);
 }
 
 }  // namespace qlora::cpu

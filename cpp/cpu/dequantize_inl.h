@@ -33,33 +33,35 @@ Status dequantize_4bit(const Dequantize4bitParams& p, const Context& context) {
 
 // out[i] = map[codes[i]] * scale + offset for i < count; without the sum where kOffset is false,
 // for adding 0 would turn -0 into 0.
-template <class V, bool kOffset, class T>
-void decode_block_8bit(const DynamicCodes& map, const std::uint8_t* codes, std::int64_t count,
-                       float scale, float offset, T* out) {
-  const auto decode = [&](const std::uint8_t* from) {
-    const auto product = V::mul(decode_8bit<V>(map, V::load_bytes(from)), V::set1(scale));
+template <class V, bool kSigned, bool kOffset, class T>
+void decode_block_8bit(const std::uint8_t* codes, std::int64_t count, float scale, float offset,
+                       T* out) {
+  const auto scaled = [&](typename V::F v) __attribute__((always_inline)) {
+    const auto product = V::mul(v, V::set1(scale));
     if constexpr (kOffset) return V::add(product, V::set1(offset));
     return product;
   };
-  std::int64_t i = 0;
-  for (; i + V::kWidth <= count; i += V::kWidth) V::store(out + i, decode(codes + i));
-  if (i < count) {
-    std::uint8_t rest[V::kWidth] = {};
-    for (std::int64_t j = i; j < count; ++j) rest[j - i] = codes[j];
-    V::store_n(out + i, decode(rest), count - i);
+  for (std::int64_t begin = 0; begin < count; begin += kRun8bit) {
+    alignas(64) float values[kRun8bit];
+    const std::int64_t run = count - begin < kRun8bit ? count - begin : kRun8bit;
+    decode_8bit<V, kSigned>(codes + begin, run, values);
+    T* const to = out + begin;
+    std::int64_t i = 0;
+    for (; i + V::kWidth <= run; i += V::kWidth) V::store(to + i, scaled(V::load(values + i)));
+    if (i < run) V::store_n(to + i, scaled(V::load_n(values + i, run - i)), run - i);
   }
 }
 
-template <class V, bool kOffset>
+template <class V, bool kSigned, bool kOffset>
 void decode_8bit_blocks(const Dequantize8bitParams& p, float offset, const Context& context) {
-  const DynamicCodes& map = dynamic_codes<V>(p.is_signed);
   const auto run = [&](std::int64_t begin, std::int64_t end) {
     with_type(p.dtype, [&]<class T>() {
       for (std::int64_t block = begin; block < end; ++block) {
         const std::int64_t first = block * p.blocksize;
         const std::int64_t rest = p.n - first;
-        decode_block_8bit<V, kOffset>(map, p.codes + first, rest < p.blocksize ? rest : p.blocksize,
-                                      p.absmax[block], offset, static_cast<T*>(p.out) + first);
+        decode_block_8bit<V, kSigned, kOffset>(
+            p.codes + first, rest < p.blocksize ? rest : p.blocksize, p.absmax[block], offset,
+            static_cast<T*>(p.out) + first);
       }
     });
   };
@@ -68,7 +70,11 @@ void decode_8bit_blocks(const Dequantize8bitParams& p, float offset, const Conte
 
 template <class V>
 Status dequantize_8bit(const Dequantize8bitParams& p, const Context& context) {
-  decode_8bit_blocks<V, false>(p, 0.0f, context);
+  if (p.is_signed) {
+    decode_8bit_blocks<V, true, false>(p, 0.0f, context);
+  } else {
+    decode_8bit_blocks<V, false, false>(p, 0.0f, context);
+  }
   return {};
 }
 
@@ -81,7 +87,7 @@ Status dequantize_scales(const DequantizeScalesParams& p, const Context& context
                                     .absmax = p.scales.nested_absmax,
                                     .dtype = DType::float32,
                                     .out = p.absmax};
-  decode_8bit_blocks<V, true>(blocks, *p.scales.nested_offset, context);
+  decode_8bit_blocks<V, true, true>(blocks, *p.scales.nested_offset, context);
   return {};
 }
 

@@ -25,7 +25,6 @@
 namespace qlora::cpu {
 
 inline constexpr float kSmallestDivisor = 1e-38f;
-inline constexpr float kLargestFloat = 0x1.fffffep127f;
 inline constexpr int kChunk = 32;  // values whose codes are packed together; the smallest block
 
 // V::count_below_binned needs it of a format's midpoints (simd_scalar.h).

@@ -37,74 +37,79 @@ typename V::F to_table_step(typename V::F x) {
   return V::sub(V::div(V::mul(V::set1(2.0f), step), V::set1(65535.0f)), one);
 }
 
-// Calls visit(i, values) for the block's vectors; lanes past its end hold `offset`, that is 0 when
-// the offset has been subtracted.
-template <class V, class T, class Visit>
-void for_each_vector(const T* x, std::int64_t count, typename V::F offset, const Visit& visit) {
-  std::int64_t i = 0;
-  for (; i + V::kWidth <= count; i += V::kWidth) visit(i, V::sub(V::load(x + i), offset));
-  if (i == count) return;
+// Vector i of a block that is `count` values long, less the offset; lanes past the end hold 0.
+template <class V, bool kOffset, class T>
+[[gnu::always_inline]] inline typename V::F load_less(const T* x, std::int64_t i,
+                                                      std::int64_t count, typename V::F offset) {
+  if constexpr (!kOffset) {
+    return i + V::kWidth <= count ? V::load(x + i) : V::load_n(x + i, count - i);
+  }
+  if (i + V::kWidth <= count) return V::sub(V::load(x + i), offset);
   float rest[V::kWidth];
   V::store(rest, offset);
   V::store_n(rest, V::load_n(x + i, count - i), count - i);
-  visit(i, V::sub(V::load(rest), offset));
+  return V::sub(V::load(rest), offset);
 }
 
-template <class V, CodeRounding kRounding, class T>
-void encode_block_8bit(const DynamicCodes& map, const T* x, std::int64_t count,
-                       typename V::F offset, std::uint8_t* codes, float* absmax) {
+template <class V, bool kSigned, bool kOffset, CodeRounding kRounding, class T>
+void encode_block_8bit(const T* x, std::int64_t count, typename V::F offset, std::uint8_t* codes,
+                       float* absmax) {
   using F = typename V::F;
   constexpr bool kNearest = kRounding == CodeRounding::nearest;
 
   F largest = V::zero();
-  for_each_vector<V>(x, count, offset, [&](std::int64_t, F v) {
+#pragma GCC unroll 4
+  for (std::int64_t i = 0; i < count; i += V::kWidth) {
+    const F v = load_less<V, kOffset>(x, i, count, offset);
     largest = kNearest ? V::max_magnitude(largest, v) : V::max(V::abs(v), largest);
-  });
+  }
   *absmax = V::reduce_max_magnitude(largest);
   const bool tiny = kNearest && *absmax < kSmallestDivisor;
-  const F inverse = V::set1(1.0f / (tiny ? kSmallestDivisor : *absmax));
+  const F factor = V::set1(1.0f / (tiny ? kSmallestDivisor : *absmax));
+  const bool finite = kNearest && *absmax <= kLargestFloat;
 
-  for_each_vector<V>(x, count, offset, [&](std::int64_t i, F v) {
-    F normed = V::mul(v, inverse);
-    if constexpr (!kNearest) normed = to_table_step<V>(normed);
-    const auto code = encode_8bit<V>(map, normed);
-    if (i + V::kWidth <= count) {
-      V::store_bytes(codes + i, code);
-    } else {
-      std::uint8_t bytes[V::kWidth];
-      V::store_bytes(bytes, code);
-      for (std::int64_t j = i; j < count; ++j) codes[j] = bytes[j - i];
-    }
-  });
+  for (std::int64_t begin = 0; begin < count; begin += kRun8bit) {
+    const std::int64_t rest = count - begin;
+    const auto value = [&](std::int64_t i) __attribute__((always_inline)) {
+      const F normed = V::mul(load_less<V, kOffset>(x, begin + i, count, offset), factor);
+      return kNearest ? normed : to_table_step<V>(normed);
+    };
+    encode_8bit<V, kSigned>(value, rest < kRun8bit ? rest : kRun8bit, finite, codes + begin);
+  }
 }
 
-template <class V>
+template <class V, bool kSigned, bool kOffset, CodeRounding kRounding>
 void encode_8bit_blocks(const Quantize8bitParams& p, float offset, const Context& context) {
-  const DynamicCodes& map = dynamic_codes<V>(p.is_signed);
   const auto run = [&](std::int64_t begin, std::int64_t end) {
     with_type(p.dtype, [&]<class T>() {
-      const auto block_range = [&]<CodeRounding kRounding>() {
-        for (std::int64_t block = begin; block < end; ++block) {
-          const std::int64_t first = block * p.blocksize;
-          const std::int64_t rest = p.n - first;
-          encode_block_8bit<V, kRounding>(map, static_cast<const T*>(p.x) + first,
-                                          rest < p.blocksize ? rest : p.blocksize, V::set1(offset),
-                                          p.codes + first, &p.absmax[block]);
-        }
-      };
-      if (p.rounding == CodeRounding::nearest) {
-        block_range.template operator()<CodeRounding::nearest>();
-      } else {
-        block_range.template operator()<CodeRounding::bitsandbytes_cpu>();
+      for (std::int64_t block = begin; block < end; ++block) {
+        const std::int64_t first = block * p.blocksize;
+        const std::int64_t rest = p.n - first;
+        encode_block_8bit<V, kSigned, kOffset, kRounding>(
+            static_cast<const T*>(p.x) + first, rest < p.blocksize ? rest : p.blocksize,
+            V::set1(offset), p.codes + first, &p.absmax[block]);
       }
     });
   };
   parallel_for(context, n_blocks(p.n, p.blocksize), ceil_div(kQuantizeGrain, p.blocksize), run);
 }
 
+template <class V, bool kOffset>
+void encode_8bit_blocks(const Quantize8bitParams& p, float offset, const Context& context) {
+  const auto with_rounding = [&]<bool kSigned>() {
+    if (p.rounding == CodeRounding::nearest) {
+      encode_8bit_blocks<V, kSigned, kOffset, CodeRounding::nearest>(p, offset, context);
+    } else {
+      encode_8bit_blocks<V, kSigned, kOffset, CodeRounding::bitsandbytes_cpu>(p, offset, context);
+    }
+  };
+  if (p.is_signed) return with_rounding.template operator()<true>();
+  with_rounding.template operator()<false>();
+}
+
 template <class V>
 Status quantize_8bit(const Quantize8bitParams& p, const Context& context) {
-  encode_8bit_blocks<V>(p, 0.0f, context);
+  encode_8bit_blocks<V, false>(p, 0.0f, context);
   return {};
 }
 
@@ -136,7 +141,7 @@ Status quantize_scales(const QuantizeScalesParams& p, const Context& context) {
                                   .x = p.absmax,
                                   .codes = p.absmax_q8,
                                   .absmax = p.nested_absmax};
-  encode_8bit_blocks<V>(blocks, *p.nested_offset, context);
+  encode_8bit_blocks<V, true>(blocks, *p.nested_offset, context);
   return {};
 }
 

@@ -24,10 +24,10 @@ float block_scale(const Scales& scales, std::int64_t block) {
 // gathers or into extracts and inserts, which take 1.5 to 3 times as long on Zen 4 and, unlike
 // this, do so on the vector units that the caller needs.
 template <class V>
-[[gnu::optimize("no-tree-vectorize")]] void read_dynamic_map(const std::uint8_t* codes,
-                                                             std::int64_t n, float* out) {
+[[gnu::optimize("no-tree-vectorize")]] void read_map(const float* map, const std::uint8_t* codes,
+                                                     std::int64_t n, float* out) {
 #pragma GCC unroll 8
-  for (std::int64_t i = 0; i < n; ++i) out[i] = kDynamicMapSigned[codes[i]];
+  for (std::int64_t i = 0; i < n; ++i) out[i] = map[codes[i]];
 }
 
 // out[j][i] = map[codes[blocks[i] + j]], likewise.
@@ -51,7 +51,7 @@ void block_scales(const Scales& scales, std::int64_t first, std::int64_t n, floa
     for (std::int64_t i = 0; i < n; ++i) out[i] = scales.absmax[first + i];
     return;
   }
-  read_dynamic_map<V>(scales.absmax_q8 + first, n, out);
+  read_map<V>(kDynamicMapSigned, scales.absmax_q8 + first, n, out);
   const auto offset = V::set1(*scales.nested_offset);
   for (std::int64_t i = 0; i < n;) {
     const std::int64_t nested_block = (first + i) / kNestedBlocksize;

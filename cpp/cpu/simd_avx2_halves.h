@@ -62,6 +62,8 @@ struct Avx2Halves {
     return static_cast<std::uint16_t>(~_mm_cvtsi128_si32(smallest));
   }
 
+  static constexpr bool kHasHalfTables = false;
+
   // ---- a 16-bit type's values against bounds of the same type ----
   static constexpr bool kHasHalfBounds = true;
 

@@ -115,6 +115,88 @@ struct Avx512Halves {
   static H ordered(H bits, H sign, H magnitude_bits) {
     return _mm512_ternarylogic_epi32(bits, sign, magnitude_bits, 0x78);  // a ^ (b & c)
   }
+
+  // ---- 16-bit lanes, their look-ups and arithmetic ----
+  static constexpr bool kHasHalfTables = true;
+
+  static H set1_half(int value) { return _mm512_set1_epi16(static_cast<short>(value)); }
+  static H and_halves(H a, H b) { return _mm512_and_si512(a, b); }
+  static H add_halves(H a, H b) { return _mm512_add_epi16(a, b); }
+  static H min_halves(H a, H b) { return _mm512_min_epu16(a, b); }
+  static H max_halves(H a, H b) { return _mm512_max_epu16(a, b); }
+  static H multiply_high(H a, H b) { return _mm512_mulhi_epu16(a, b); }
+  template <int kBits>
+  static H shift_left_halves(H a) {
+    return _mm512_slli_epi16(a, kBits);
+  }
+  template <int kBits>
+  static H shift_right_halves(H a) {
+    return _mm512_srli_epi16(a, kBits);
+  }
+  // A permutation of one register for 32 entries, of two for 64, and more of them with a choice by
+  // the index's upper bits.
+  template <int kEntries>
+  static H lookup_halves(const std::uint16_t* entries, H index) {
+    if constexpr (kEntries == 32) {
+      return _mm512_permutexvar_epi16(index, _mm512_loadu_si512(entries));
+    } else if constexpr (kEntries == 64) {
+      return _mm512_permutex2var_epi16(_mm512_loadu_si512(entries), index,
+                                       _mm512_loadu_si512(entries + 32));
+    } else {
+      constexpr int kHalf = kEntries / 2;
+      return _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, set1_half(kHalf)),
+                                     lookup_halves<kHalf>(entries, index),
+                                     lookup_halves<kHalf>(entries + kHalf, index));
+    }
+  }
+  static H upper_halves(__m512 first, __m512 second) {
+    return _mm512_permutex2var_epi16(_mm512_castps_si512(first), every_second(1),
+                                     _mm512_castps_si512(second));
+  }
+  static H lower_halves(__m512 first, __m512 second) {
+    return _mm512_permutex2var_epi16(_mm512_castps_si512(first), every_second(0),
+                                     _mm512_castps_si512(second));
+  }
+  static void store_joined(float* p, H upper, H lower) {
+    const H first = counting(0), second = counting(16);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(lower, first, upper));
+    _mm512_storeu_si512(p + 16, _mm512_permutex2var_epi16(lower, second, upper));
+  }
+  static H count_if_above(H count, H upper, H lower, H bound_upper, H bound_lower) {
+    const __mmask32 equal = _mm512_cmpeq_epi16_mask(upper, bound_upper);
+    const __mmask32 above = _mm512_cmpgt_epu16_mask(upper, bound_upper) |
+                            _mm512_mask_cmpgt_epu16_mask(equal, lower, bound_lower);
+    return _mm512_mask_add_epi16(count, above, count, set1_half(1));
+  }
+  static H add_with_sign_of(H sign, H base, H magnitude) {
+    const H sum = _mm512_add_epi16(base, magnitude);
+    const H signed_sum = _mm512_mask_sub_epi16(sum, _mm512_movepi16_mask(sign), base, magnitude);
+    return _mm512_max_epi16(signed_sum, _mm512_setzero_si512());
+  }
+  static H zero_if_negative(H sign, H v) {
+    return _mm512_mask_mov_epi16(v, _mm512_movepi16_mask(sign), _mm512_setzero_si512());
+  }
+  static H load_half_bytes(const std::uint8_t* p) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_epi8(p));
+  }
+  static void store_half_bytes(std::uint8_t* p, H v) {
+    _mm256_storeu_epi8(p, _mm512_cvtepi16_epi8(v));
+  }
+
+ private:
+  // Lane i is 2 i + odd.
+  static H every_second(int odd) {
+    const H lane = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16,
+                                    15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_add_epi16(_mm512_add_epi16(lane, lane), set1_half(odd));
+  }
+  // Lanes 2 i and 2 i + 1 are first + i, of the first and of the second register.
+  static H counting(int first) {
+    const H pair = _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005,
+                                     0x260006, 0x270007, 0x280008, 0x290009, 0x2A000A, 0x2B000B,
+                                     0x2C000C, 0x2D000D, 0x2E000E, 0x2F000F);
+    return _mm512_add_epi16(pair, set1_half(first));
+  }
 };
 
 }  // namespace qlora::cpu

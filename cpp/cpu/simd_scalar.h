@@ -266,6 +266,13 @@ struct Scalar {
   static constexpr bool kHasHalfBounds = false;
   struct HalfMidpoints {};
   static HalfMidpoints half_midpoints(const float*) { return {}; }
+  // Whether 16-bit lanes are looked up in registers: codes_8bit_halves_inl.h has the words it
+  // needs. first and second are 2 kWidth floats; their upper_halves and lower_halves hold a lane
+  // each, and store_joined makes floats of them again; lanes are unsigned but for add_with_sign_of,
+  // which gives base + magnitude, base - magnitude where `sign` is negative, and 0 where that is
+  // below 0; count_if_above(count, upper, lower, …) adds 1 where upper:lower >
+  // bound_upper:bound_lower.
+  static constexpr bool kHasHalfTables = false;
 
   // ---- the matrix products' words ----
   static constexpr bool kHasBf16Pairs = false;  // has pack_pairs and dot_pairs

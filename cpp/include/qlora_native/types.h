@@ -30,6 +30,8 @@ struct BFloat16 {
   return dtype == DType::float32 ? 4 : 2;
 }
 
+inline constexpr float kLargestFloat = 0x1.fffffep127f;  // the largest finite one
+
 QLORA_HOST_DEVICE constexpr float to_float(float value) { return value; }
 
 QLORA_HOST_DEVICE constexpr float to_float(BFloat16 value) {
