@@ -18,13 +18,14 @@ namespace qlora::cpu {
 
 // The values that the codes of one block stand for.
 template <class V>
-typename V::Table block_table(const Weight4bit& weight, std::int64_t block) {
+[[gnu::always_inline]] inline typename V::Table block_table(const Weight4bit& weight,
+                                                            std::int64_t block) {
   return V::scaled(V::table(weight.format.values), block_scale<V>(weight.scales, block));
 }
 
 // The same, rounded to T where that is a 16-bit type.
 template <class V, class T>
-auto block_table_of(const Weight4bit& weight, std::int64_t block) {
+[[gnu::always_inline]] inline auto block_table_of(const Weight4bit& weight, std::int64_t block) {
   const auto table = block_table<V>(weight, block);
   if constexpr (sizeof(T) == sizeof(float)) {
     return table;
@@ -33,14 +34,22 @@ auto block_table_of(const Weight4bit& weight, std::int64_t block) {
   }
 }
 
+// How the values are written: through the caches, or past them, by vectors that must be aligned.
+enum class Write { cached, streamed };
+
 // `count` values whose first code is the high nibble of packed[0]. No byte past the last one that
 // holds a code is read.
-template <class V>
+template <class V, Write kWrite>
 void decode_aligned(const typename V::Table& table, const std::uint8_t* packed, std::int64_t count,
                     float* out) {
   std::int64_t i = 0;
   for (; i + V::kWidth <= count; i += V::kWidth) {
-    V::store(out + i, V::lookup(table, V::unpack_codes(packed + i / 2)));
+    const auto values = V::lookup(table, V::unpack_codes(packed + i / 2));
+    if constexpr (kWrite == Write::streamed) {
+      V::stream(out + i, values);
+    } else {
+      V::store(out + i, values);
+    }
   }
   if (i == count) return;
   std::uint8_t bytes[V::kWidth / 2] = {};
@@ -48,22 +57,24 @@ void decode_aligned(const typename V::Table& table, const std::uint8_t* packed, 
   V::store_n(out + i, V::lookup(table, V::unpack_codes(bytes)), count - i);
 }
 
-template <class V, class T>
+template <class V, Write kWrite, class T>
 void decode_aligned(const typename V::HalfTable& table, const std::uint8_t* packed,
                     std::int64_t count, T* out) {
-  constexpr int kRun = 32;
+  constexpr int kRun = V::kDecoded;
   std::int64_t i = 0;
-  for (; i + kRun <= count; i += kRun) V::store_decoded(out + i, table, packed + i / 2);
+  for (; i + kRun <= count; i += kRun) {
+    V::template store_decoded<kWrite == Write::streamed>(out + i, table, packed + i / 2);
+  }
   if (i == count) return;
   std::uint8_t bytes[kRun / 2] = {};
   T values[kRun];
   std::memcpy(bytes, packed + i / 2, static_cast<std::size_t>(packed_bytes(count - i)));
-  V::store_decoded(values, table, bytes);
+  V::template store_decoded<false>(values, table, bytes);
   std::memcpy(out + i, values, static_cast<std::size_t>(count - i) * sizeof(T));
 }
 
 // out[0..count) = the weight's values first .. first + count - 1 in row-major order, as T.
-template <class V, class T>
+template <class V, Write kWrite = Write::cached, class T>
 void decode_run(const Weight4bit& weight, std::int64_t first, std::int64_t count, T* out) {
   const std::int64_t end = first + count;
   std::int64_t block = first / weight.blocksize;
@@ -73,11 +84,11 @@ void decode_run(const Weight4bit& weight, std::int64_t first, std::int64_t count
     const auto table = block_table_of<V, T>(weight, block);
     if (i % 2 != 0) {
       const auto byte = static_cast<std::uint8_t>(weight.packed[i / 2] << 4);
-      decode_aligned<V>(table, &byte, 1, out);
+      decode_aligned<V, Write::cached>(table, &byte, 1, out);
       ++out;
       ++i;
     }
-    decode_aligned<V>(table, weight.packed + i / 2, stop - i, out);
+    decode_aligned<V, kWrite>(table, weight.packed + i / 2, stop - i, out);
     out += stop - i;
     i = stop;
   }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cache.h"
 #include "codes_8bit_inl.h"
 #include "decode_inl.h"
 #include "dispatch.h"
@@ -16,15 +17,34 @@ namespace qlora::cpu {
 // A thread is worth waking for this many values.
 inline constexpr std::int64_t kDequantizeGrain = 32768;
 
+// Streamed is an output larger than so many times the last cache.
+inline constexpr std::int64_t kStreamedCaches = 1;
+inline constexpr std::uintptr_t kStreamAlignment = 64;
+
+// Whether the output goes past the caches: where it is larger than they are, a line that is written
+// would first be read, and would push out others before anyone reads it.
+template <class V>
+bool is_streamed(const void* out, std::int64_t bytes) {
+  return bytes > kStreamedCaches * last_level_cache_bytes() &&
+         reinterpret_cast<std::uintptr_t>(out) % kStreamAlignment == 0;
+}
+
 template <class V>
 Status dequantize_4bit(const Dequantize4bitParams& p, const Context& context) {
   const std::int64_t n = p.weight.rows * p.weight.cols;
   const std::int64_t blocksize = p.weight.blocksize;
+  const bool streamed = is_streamed<V>(p.out, n * size_of(p.dtype));
   const auto run = [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t first = begin * blocksize;
     const std::int64_t last = end * blocksize < n ? end * blocksize : n;
     with_type(p.dtype, [&]<class T>() {
-      decode_run<V>(p.weight, first, last - first, static_cast<T*>(p.out) + first);
+      T* const out = static_cast<T*>(p.out) + first;
+      if (streamed) {
+        decode_run<V, Write::streamed>(p.weight, first, last - first, out);
+        V::stream_fence();
+      } else {
+        decode_run<V>(p.weight, first, last - first, out);
+      }
     });
   };
   parallel_for(context, n_blocks(n, blocksize), ceil_div(kDequantizeGrain, blocksize), run);

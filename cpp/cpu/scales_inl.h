@@ -14,7 +14,7 @@
 namespace qlora::cpu {
 
 template <class V>
-float block_scale(const Scales& scales, std::int64_t block) {
+[[gnu::always_inline]] inline float block_scale(const Scales& scales, std::int64_t block) {
   if (!scales.double_quantized()) return scales.absmax[block];
   const float value = kDynamicMapSigned[scales.absmax_q8[block]];
   return value * scales.nested_absmax[block / kNestedBlocksize] + *scales.nested_offset;

@@ -26,6 +26,8 @@ struct Avx2 : Avx2Halves {
   static F load(const Float16* p) { return widen_f16(load_bits(p)); }
   static F load(const BFloat16* p) { return widen_bf16(load_bits(p)); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static void stream(float* p, F v) { _mm256_stream_ps(p, v); }
+  static void stream_fence() { _mm_sfence(); }
   static void store(Float16* p, F v) { store_bits(p, narrow_f16(v)); }
   static void store(BFloat16* p, F v) { store_bits(p, narrow_bf16(v)); }
 
@@ -106,11 +108,6 @@ struct Avx2 : Avx2Halves {
         _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     _mm_storeu_si64(p, _mm_packus_epi16(words, words));
   }
-  static F gather(const float* base, I index) { return _mm256_i32gather_ps(base, index, 4); }
-  static I gather(const std::int32_t* base, I index) {
-    return _mm256_i32gather_epi32(base, index, 4);
-  }
-  static F lookup_256(const float* entries, I index) { return gather(entries, index); }
 
   // ---- 4-bit codes ----
   // Every lane takes all four bytes and shifts its own nibble to the bottom: one load, one shift.
@@ -146,35 +143,9 @@ struct Avx2 : Avx2Halves {
                             _mm256_permutevar8x32_ps(t.high, codes), upper_half);
   }
 
-  // The lower and the upper bytes of the entries apart, for vpshufb looks bytes up.
-  struct HalfTable {
-    __m256i lower, upper;
-  };
   template <class T>
   static HalfTable half_table(const Table& t) {
-    T entries[16];
-    store(entries, t.low);
-    store(entries + 8, t.high);
-    const __m128i low = load_bits(entries), high = load_bits(entries + 8);
-    const __m128i byte = _mm_set1_epi16(0xFF);
-    const __m128i lower = _mm_packus_epi16(_mm_and_si128(low, byte), _mm_and_si128(high, byte));
-    const __m128i upper = _mm_packus_epi16(_mm_srli_epi16(low, 8), _mm_srli_epi16(high, 8));
-    return {_mm256_broadcastsi128_si256(lower), _mm256_broadcastsi128_si256(upper)};
-  }
-  template <class T>
-  static void store_decoded(T* out, const HalfTable& t, const std::uint8_t* packed) {
-    const __m128i bytes = load_bits(packed), nibble = _mm_set1_epi8(0xF);
-    const __m128i first = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
-    const __m128i second = _mm_and_si128(bytes, nibble);
-    // Codes 0..31; eights 0 and 2 to the lower register half, 1 and 3 to the upper one, so that the
-    // interleaving below, which stays within the halves, leaves them in order.
-    const I codes = _mm256_permute4x64_epi64(
-        _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second)),
-        0b11011000);
-    const I lower = _mm256_shuffle_epi8(t.lower, codes);
-    const I upper = _mm256_shuffle_epi8(t.upper, codes);
-    _mm256_storeu_si256(reinterpret_cast<I*>(out), _mm256_unpacklo_epi8(lower, upper));
-    _mm256_storeu_si256(reinterpret_cast<I*>(out + 16), _mm256_unpackhi_epi8(lower, upper));
+    return half_table_of<T>(t.low, t.high);
   }
 
   // A binary search in four steps. A comparison gives -1, so the count is kept negative on its way;

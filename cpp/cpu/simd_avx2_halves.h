@@ -62,6 +62,69 @@ struct Avx2Halves {
     return static_cast<std::uint16_t>(~_mm_cvtsi128_si32(smallest));
   }
 
+  // ---- sixteen 16-bit values, looked up by 4-bit codes ----
+  // The lower and the upper bytes of the entries apart, for vpshufb looks bytes up.
+  struct HalfTable {
+    __m256i lower, upper;
+  };
+  template <class T>
+  static HalfTable half_table_of(__m256 low, __m256 high) {
+    __m256i words;
+    // A scale that is NaN makes all entries so, and the rounding by an addition could carry past
+    // it.
+    if (std::is_same_v<T, BFloat16> &&
+        _mm_comieq_ss(_mm256_castps256_ps128(low), _mm256_castps256_ps128(low)) != 0) {
+      const auto rounded = [](__m256 v) {
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i sum =
+            _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+        return _mm256_srli_epi32(sum, 16);
+      };
+      words = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(low), rounded(high)), 0xD8);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      words = _mm256_set_m128i(narrow_bf16(high), narrow_bf16(low));
+    } else {
+      words = _mm256_set_m128i(narrow_f16(high), narrow_f16(low));
+    }
+    const __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0xFF)),
+                                              _mm256_srli_epi16(words, 8));
+    return {_mm256_permute4x64_epi64(bytes, 0b10001000),
+            _mm256_permute4x64_epi64(bytes, 0b11011101)};
+  }
+  // Each half of a register takes the fours of bytes whose values it will hold; those of the first
+  // and of the second codes are looked up apart, a byte at a time, and interleaved.
+  static constexpr int kDecoded = 64;
+  template <bool kStream, class T>
+  static void store_decoded(T* out, const HalfTable& t, const std::uint8_t* packed) {
+    const __m256i bytes =
+        _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const H*>(packed)),
+                                    _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    const __m256i nibble = _mm256_set1_epi8(0xF);
+    const __m256i first = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+    const __m256i second = _mm256_and_si256(bytes, nibble);
+    const __m256i first_lower = _mm256_shuffle_epi8(t.lower, first);
+    const __m256i first_upper = _mm256_shuffle_epi8(t.upper, first);
+    const __m256i second_lower = _mm256_shuffle_epi8(t.lower, second);
+    const __m256i second_upper = _mm256_shuffle_epi8(t.upper, second);
+    const __m256i first_0 = _mm256_unpacklo_epi8(first_lower, first_upper);
+    const __m256i first_1 = _mm256_unpackhi_epi8(first_lower, first_upper);
+    const __m256i second_0 = _mm256_unpacklo_epi8(second_lower, second_upper);
+    const __m256i second_1 = _mm256_unpackhi_epi8(second_lower, second_upper);
+    store_whole<kStream>(out, _mm256_unpacklo_epi16(first_0, second_0));
+    store_whole<kStream>(out + 16, _mm256_unpackhi_epi16(first_0, second_0));
+    store_whole<kStream>(out + 32, _mm256_unpacklo_epi16(first_1, second_1));
+    store_whole<kStream>(out + 48, _mm256_unpackhi_epi16(first_1, second_1));
+  }
+  template <bool kStream, class T>
+  static void store_whole(T* out, __m256i v) {
+    if constexpr (kStream) {
+      _mm256_stream_si256(reinterpret_cast<H*>(out), v);
+    } else {
+      _mm256_storeu_si256(reinterpret_cast<H*>(out), v);
+    }
+  }
+
   static constexpr bool kHasHalfTables = false;
 
   // ---- a 16-bit type's values against bounds of the same type ----

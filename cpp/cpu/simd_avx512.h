@@ -27,6 +27,8 @@ struct Avx512 : Avx512Halves {
   static F load(const Float16* p) { return widen_f16(_mm256_loadu_epi16(p)); }
   static F load(const BFloat16* p) { return widen_bf16(_mm256_loadu_epi16(p)); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void stream(float* p, F v) { _mm512_stream_ps(p, v); }
+  static void stream_fence() { _mm_sfence(); }
   static void store(Float16* p, F v) { _mm256_storeu_epi16(p, narrow_f16(v)); }
   static void store(BFloat16* p, F v) { _mm256_storeu_epi16(p, narrow_bf16(v)); }
 
@@ -101,27 +103,6 @@ struct Avx512 : Avx512Halves {
   static void store_bytes(std::uint8_t* p, I v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
   }
-  static F gather(const float* base, I index) { return _mm512_i32gather_ps(index, base, 4); }
-  static I gather(const std::int32_t* base, I index) {
-    return _mm512_i32gather_epi32(index, base, 4);
-  }
-  // Eight two-register permutations of 32 entries each, the right one chosen by the index's upper
-  // bits: half the time of a gather (Zen 4, 2026-11-24).
-  static F lookup_256(const float* entries, I index) {
-    const auto of_32 = [&](int part) {
-      return _mm512_permutex2var_ps(load(entries + 32 * part), index,
-                                    load(entries + 32 * part + 16));
-    };
-    const __mmask16 odd_32 = _mm512_test_epi32_mask(index, set1_int(32));
-    const __mmask16 odd_64 = _mm512_test_epi32_mask(index, set1_int(64));
-    const __mmask16 odd_128 = _mm512_test_epi32_mask(index, set1_int(128));
-    const auto of_64 = [&](int part) {
-      return _mm512_mask_blend_ps(odd_32, of_32(2 * part), of_32(2 * part + 1));
-    };
-    const F lower = _mm512_mask_blend_ps(odd_64, of_64(0), of_64(1));
-    const F upper = _mm512_mask_blend_ps(odd_64, of_64(2), of_64(3));
-    return _mm512_mask_blend_ps(odd_128, lower, upper);
-  }
 
   // ---- 4-bit codes ----
   // The lower lanes take the first four bytes, the upper ones the last four, and every lane shifts
@@ -145,23 +126,6 @@ struct Avx512 : Avx512Halves {
   static Table table(const float* entries) { return load(entries); }
   static Table scaled(Table t, float scale) { return mul(t, set1(scale)); }
   static F lookup(Table t, I codes) { return _mm512_permutexvar_ps(codes, t); }
-
-  // The entries twice, for vpermw reads five bits of a code's lane and the fifth is unspecified.
-  using HalfTable = __m512i;
-  template <class T>
-  static HalfTable half_table(Table t) {
-    T entries[16];
-    store(entries, t);
-    return _mm512_broadcast_i64x4(_mm256_loadu_epi16(entries));
-  }
-  template <class T>
-  static void store_decoded(T* out, HalfTable t, const std::uint8_t* packed) {
-    // A byte to both halves of its 32-bit lane, the lower one shifted to its high nibble.
-    const I byte = load_bytes(packed);
-    const I both = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 16));
-    const I codes = _mm512_srlv_epi16(both, set1_int(4));
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(codes, t));
-  }
 
   // A binary search in four steps down a tree that lies in one register: node 1 is the root, below
   // node i are 2 i and 2 i + 1. After four steps a lane holds 16 + its count.

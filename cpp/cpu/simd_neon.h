@@ -46,6 +46,8 @@ struct Neon {
     vst1q_f32(p, v.low);
     vst1q_f32(p + 4, v.high);
   }
+  static void stream(float* p, F v) { store(p, v); }
+  static void stream_fence() {}
   template <class T>
   static void store(T* p, F v) {
     vst1q_u16(reinterpret_cast<std::uint16_t*>(p), narrow(T{}, v));
@@ -150,21 +152,6 @@ struct Neon {
   }
   static void store_bytes(std::uint8_t* p, I v) { vst1_u8(p, vmovn_u16(lower_halves(v))); }
   // NEON gathers nothing: lane by lane.
-  static F gather(const float* base, I index) {
-    const auto four = [base](int32x4_t i) {
-      return float32x4_t{base[vgetq_lane_s32(i, 0)], base[vgetq_lane_s32(i, 1)],
-                         base[vgetq_lane_s32(i, 2)], base[vgetq_lane_s32(i, 3)]};
-    };
-    return {four(index.low), four(index.high)};
-  }
-  static I gather(const std::int32_t* base, I index) {
-    const auto four = [base](int32x4_t i) {
-      return int32x4_t{base[vgetq_lane_s32(i, 0)], base[vgetq_lane_s32(i, 1)],
-                       base[vgetq_lane_s32(i, 2)], base[vgetq_lane_s32(i, 3)]};
-    };
-    return {four(index.low), four(index.high)};
-  }
-  static F lookup_256(const float* entries, I index) { return gather(entries, index); }
 
   // ---- 4-bit codes ----
   // Every lane takes all four bytes and shifts its own nibble to the bottom.
@@ -219,7 +206,8 @@ struct Neon {
     return {vuzp1q_u8(entries(0), entries(2)), vuzp2q_u8(entries(0), entries(2))};
   }
   // Stored as they lie in registers: the interleaving stores (ST2, ST4) are slow on many cores.
-  template <class T>
+  static constexpr int kDecoded = 32;
+  template <bool kStream, class T>
   static void store_decoded(T* out, const HalfTable& t, const std::uint8_t* packed) {
     const uint8x16_t bytes = vld1q_u8(packed);
     const uint8x16_t first = vshrq_n_u8(bytes, 4), second = vandq_u8(bytes, vdupq_n_u8(0xF));
@@ -277,6 +265,7 @@ struct Neon {
   static constexpr bool kHasHalfBounds = false;
   struct HalfMidpoints {};
   static HalfMidpoints half_midpoints(const float*) { return {}; }
+  static constexpr bool kHasHalfTables = false;
 
   using Bytes = uint8x16_t;
   static Bytes bytes(const std::uint8_t* entries) { return vld1q_u8(entries); }

@@ -57,6 +57,10 @@ struct Scalar {
     return map([=](int i) { return to_float(p[i]); });
   }
   static void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+  // Past the caches, where p is aligned to the vector; stream_fence() after the last one.
+  // (store_decoded<true> likewise.)
+  static void stream(float* p, F v) { store(p, v); }
+  static void stream_fence() {}
   static void store(BFloat16* p, F v) {
     const WordLanes word = words(bits(v));
     const WordLanes rounded = word + 0x7FFF + ((word >> 16) & 1);
@@ -162,14 +166,6 @@ struct Scalar {
   static void store_bytes(std::uint8_t* p, I v) {
     for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::uint8_t>(v.lane[i]);
   }
-  static F gather(const float* base, I index) {
-    return map([=](int i) { return base[index.lane[i]]; });
-  }
-  static I gather(const std::int32_t* base, I index) {
-    return map_int([=](int i) { return base[index.lane[i]]; });
-  }
-  // From a table of 256 entries: a path may hold it in registers.
-  static F lookup_256(const float* entries, I index) { return gather(entries, index); }
 
   // ---- 4-bit codes: two to a byte, the first in the high nibble ----
   // kWidth codes from kWidth / 2 bytes. A code is the low four bits of its lane; what the other
@@ -204,7 +200,9 @@ struct Scalar {
     return map([&](int i) { return t.entry[codes.lane[i] & 0xF]; });
   }
 
-  // Sixteen values of a 16-bit type, to decode straight to it: 32 codes from 16 bytes.
+  // Sixteen values of a 16-bit type, to decode straight to it, kDecoded of them (32 or 64) at a
+  // time.
+  static constexpr int kDecoded = 32;
   struct HalfTable {
     std::uint16_t entry[16];
   };
@@ -214,7 +212,7 @@ struct Scalar {
     for (int i = 0; i < 16; ++i) result.entry[i] = from_float<T>(t.entry[i]).bits;
     return result;
   }
-  template <class T>
+  template <bool kStream, class T>
   static void store_decoded(T* out, const HalfTable& t, const std::uint8_t* packed) {
     for (int i = 0; i < 16; ++i) {
       out[2 * i].bits = t.entry[packed[i] >> 4];
