@@ -40,8 +40,9 @@ enum class Write { cached, streamed };
 // `count` values whose first code is the high nibble of packed[0]. No byte past the last one that
 // holds a code is read.
 template <class V, Write kWrite>
-void decode_aligned(const typename V::Table& table, const std::uint8_t* packed, std::int64_t count,
-                    float* out) {
+[[gnu::always_inline]] inline void decode_aligned(const typename V::Table& table,
+                                                  const std::uint8_t* packed, std::int64_t count,
+                                                  float* out) {
   std::int64_t i = 0;
   for (; i + V::kWidth <= count; i += V::kWidth) {
     const auto values = V::lookup(table, V::unpack_codes(packed + i / 2));
@@ -58,8 +59,9 @@ void decode_aligned(const typename V::Table& table, const std::uint8_t* packed, 
 }
 
 template <class V, Write kWrite, class T>
-void decode_aligned(const typename V::HalfTable& table, const std::uint8_t* packed,
-                    std::int64_t count, T* out) {
+[[gnu::always_inline]] inline void decode_aligned(const typename V::HalfTable& table,
+                                                  const std::uint8_t* packed, std::int64_t count,
+                                                  T* out) {
   constexpr int kRun = V::kDecoded;
   std::int64_t i = 0;
   for (; i + kRun <= count; i += kRun) {

@@ -116,6 +116,7 @@ struct Avx2 : Avx2Halves {
     std::memcpy(&bytes, packed, sizeof bytes);
     return _mm256_srlv_epi32(set1_int(bytes), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
   }
+  static constexpr bool kHasPairs = false;
   // Narrowed to bytes (which leaves each half of the registers with its own codes), joined to pairs
   // by 16 * first + second, narrowed again, and the halves' byte pairs put in order.
   static void pack_codes(std::uint8_t* packed, const I (&codes)[4]) {

@@ -115,6 +115,15 @@ struct Avx512 : Avx512Halves {
     return _mm512_srlv_epi32(
         bytes, _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24));
   }
+  static constexpr bool kHasPairs = true;
+  static void load_pairs(const BFloat16* p, F& first, F& second) {
+    const I both = _mm512_loadu_si512(p);
+    first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    second = _mm512_castsi512_ps(_mm512_and_si512(both, set1_int(-0x10000)));
+  }
+  static void store_pairs(std::uint8_t* packed, I first, I second) {
+    store_bytes(packed, _mm512_or_si512(_mm512_slli_epi32(first, 4), second));
+  }
   static void pack_codes(std::uint8_t* packed, const I (&codes)[2]) {
     const __m256i nibbles = _mm256_inserti128_si256(
         _mm256_castsi128_si256(_mm512_cvtepi32_epi8(codes[0])), _mm512_cvtepi32_epi8(codes[1]), 1);

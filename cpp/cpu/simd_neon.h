@@ -162,6 +162,7 @@ struct Neon {
     return {vreinterpretq_s32_u32(vshlq_u32(all, int32x4_t{-4, 0, -12, -8})),
             vreinterpretq_s32_u32(vshlq_u32(all, int32x4_t{-20, -16, -28, -24}))};
   }
+  static constexpr bool kHasPairs = false;
   // Narrowed to bytes, the even and the odd ones apart; then the even ones shifted into place above
   // the odd ones.
   static void pack_codes(std::uint8_t* packed, const I (&codes)[4]) {

@@ -181,6 +181,9 @@ struct Scalar {
       packed[2 * i + 1] = static_cast<std::uint8_t>((lane[2] << 4) | lane[3]);
     }
   }
+  // Whether there are load_pairs(p, first, second), which widens 2 kWidth bf16, every other one to
+  // `first`, and store_pairs(packed, first, second), which packs their codes.
+  static constexpr bool kHasPairs = false;
 
   // Sixteen floats held in registers, looked up by the low four bits of each lane.
   struct Table {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -77,6 +79,28 @@ def test_4bit_writes_at_any_alignment(isa, sentinels, dtype):
         out = sentinels(n, dtype, offset=offset * dtype.itemsize)
         ops.dequantize_4bit_out(packed, absmax, None, None, out)
         assert same_bits(out, want)
+
+
+def last_level_cache_bytes():
+    """As cpp/cpu/cache.cpp reads it."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip("K\n")) << 10 for size in sizes), default=32 << 20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_4bit_values_past_the_caches_are_the_same(isa, dtype):
+    piece = 1 << 20
+    pieces = last_level_cache_bytes() // (piece * dtype.itemsize) + 1
+    if pieces > 128:
+        pytest.skip("a test of so large a cache would take half a gigabyte")
+    packed, absmax = random_weight(piece, 64)
+    n = pieces * piece + 7
+    packed = packed.repeat(pieces + 1)[: (n + 1) // 2]
+    absmax = absmax.repeat(pieces + 1)[: -(-n // 64)]
+    got = ops.dequantize_4bit(packed, absmax, None, None, (n,), 64, "nf4", dtype)
+    first = packed[: piece // 2], absmax[: piece // 64]
+    want = ops.dequantize_4bit(*first, None, None, (piece,), 64, "nf4", dtype)
+    assert all(same_bits(part, want[: part.numel()]) for part in got.split(piece))
 
 
 @pytest.mark.parametrize("format", FORMATS)
