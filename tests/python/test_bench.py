@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from bench import charts
+import torch
+from bench import bench_threads, charts
 from bench.bench_linear import cases
 from bench.case import OURS, Tier
 from bench.harness import Budget, median_ratio, time_contenders
@@ -24,7 +25,9 @@ PNG = b"\x89PNG\r\n"
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler for bench/limits.c")
 def test_report(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.report", "--quick", "--out", str(tmp_path)]
+    # One thread: on tiny shapes two spend their time in waiting for each other.
+    options = ["--quick", "--threads=1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bench.report", *options]
     run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads((tmp_path / "benchmarks.json").read_text())
@@ -42,6 +45,21 @@ def test_report(tmp_path: Path) -> None:
         assert path.read_bytes().startswith(PNG)
         assert f"![{title}](images/{path.name})" in markdown
         assert (tmp_path / "images" / path.name).exists()
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler for bench/limits.c")
+def test_threads_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [next(pair for pair in all_cases(Tier.CORE, quick=True) if pair[1].op == "forward")]
+    monkeypatch.setattr(bench_threads, "all_cases", lambda tier, quick: cases)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (row,) = bench_threads.section(quick=True).data
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert row["best_seconds"].keys() == {"1", "2"}
+    assert row["faster"] > 0 and row["allowed"] > 0
 
 
 def test_cases_have_names_of_their_own() -> None:
