@@ -10,6 +10,7 @@ from bench.harness import Row
 from bench.limit_model import BEYOND
 
 SLOWER = "🔴"  # beside every ratio that a peer wins
+NOISE = 0.98  # a ratio above it is no defeat
 ABOVE = "⚠"  # beside a share of the limit that no share can be: the limit is wrong there
 
 
@@ -28,7 +29,7 @@ def _rate(row: Row) -> str:
 
 def ratio(value: float) -> str:
     """A speed-up; what is slower than the peer beyond the noise is marked."""
-    return f"{value:.2f}×{' ' + SLOWER if value < 0.98 else ''}"
+    return f"{value:.2f}×{' ' + SLOWER if value < NOISE else ''}"
 
 
 def share(value: float) -> str:
