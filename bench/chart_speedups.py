@@ -19,6 +19,7 @@ from bench.chart_style import (
     save,
     where_and_when,
 )
+from bench.tables import NOISE
 
 
 def peers(rows: list[dict[str, Any]]) -> list[str]:
@@ -41,7 +42,7 @@ def draw(rows: list[dict[str, Any]], peer: str, report: dict[str, Any], folder: 
         value = row["contenders"][peer]["speedup_of_ours"]
         values.append(value)
         y = cases.index(row["case"]) + thick * (isas.index(row["isa"]) - (len(isas) - 1) / 2)
-        slower = value < 1
+        slower = value < NOISE
         axes.barh(
             y, value - 1, thick, left=1, color=colour_of(row["isa"]), edgecolor="white",
             hatch="////" if slower else None,
@@ -53,7 +54,7 @@ def draw(rows: list[dict[str, Any]], peer: str, report: dict[str, Any], folder: 
         )  # fmt: skip
     axes.axvline(1, color=INK, lw=1)
     plain_logarithmic(axes, axes.xaxis, "×")
-    axes.set_xlim(min(0.9, *values) / 1.3, max(1.1, *values) * 1.4)
+    axes.set_xlim(min(0.9, *values) / 1.5, max(1.1, *values) * 1.4)
     axes.set_yticks(range(len(cases)), cases)
     axes.set_ylim(len(cases) - 0.4, -0.6)
     axes.grid(axis="x", color=RULE, lw=0.6)
