@@ -7,8 +7,10 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND QLORA_ISA_FLAGS_avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
 set(QLORA_ISA_FLAGS_avx512bf16 ${QLORA_ISA_FLAGS_avx512} -mavx512bf16)
-set(QLORA_ISA_FLAGS_neon "") # AArch64's baseline
-set(QLORA_ISA_FLAGS_neonbf16 -march=armv8.2-a+bf16)
+# AArch64's baseline. GCC 12's scheduling ahead of register allocation loads the elements of all rows
+# of a tile at once, and then spills three of its 24 sums.
+set(QLORA_ISA_FLAGS_neon $<$<CXX_COMPILER_ID:GNU>:-fno-schedule-insns>)
+set(QLORA_ISA_FLAGS_neonbf16 ${QLORA_ISA_FLAGS_neon} -march=armv8.2-a+bf16)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   set(QLORA_ISAS scalar avx2 avx512 avx512bf16)

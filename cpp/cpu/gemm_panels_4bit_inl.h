@@ -32,7 +32,7 @@ void store_word_columns(typename V::I words, const typename V::Table& table, typ
                         float* to) {
   constexpr std::int64_t kCols = Gemm<V>::kPanelCols;
   const auto value = [&]<int kShift>() {
-    return V::mul(V::lookup(table, V::template shift_right<kShift>(words)), scale);
+    return V::mul(V::template lookup_at<kShift>(table, words), scale);
   };
   // The first of a byte's two codes is its high nibble.
   const auto byte = [&]<int kByte>() {

@@ -74,7 +74,7 @@ template <class V, int kStep, int kShift, int kM, int kN>
                                             typename V::F (&part)[kN][kM]) {
   typename V::F w[kN];
 #pragma GCC unroll 4
-  for (int i = 0; i < kN; ++i) w[i] = V::lookup(table, V::template shift_right<kShift>(words[i]));
+  for (int i = 0; i < kN; ++i) w[i] = V::template lookup_at<kShift>(table, words[i]);
 #pragma GCC unroll 4
   for (int m = 0; m < kM; ++m) {
     const auto right = V::load(x + m * GemvLayout<V>::kChunk + kStep * V::kWidth);

@@ -143,6 +143,10 @@ struct Avx2 : Avx2Halves {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, codes),
                             _mm256_permutevar8x32_ps(t.high, codes), upper_half);
   }
+  template <int kShift>
+  static F lookup_at(const Table& t, I words) {
+    return lookup(t, shift_right<kShift>(words));
+  }
 
   template <class T>
   static HalfTable half_table(const Table& t) {

@@ -135,6 +135,10 @@ struct Avx512 : Avx512Halves {
   static Table table(const float* entries) { return load(entries); }
   static Table scaled(Table t, float scale) { return mul(t, set1(scale)); }
   static F lookup(Table t, I codes) { return _mm512_permutexvar_ps(codes, t); }
+  template <int kShift>
+  static F lookup_at(Table t, I words) {
+    return lookup(t, shift_right<kShift>(words));
+  }
 
   // A binary search in four steps down a tree that lies in one register: node 1 is the root, below
   // node i are 2 i and 2 i + 1. After four steps a lane holds 16 + its count.

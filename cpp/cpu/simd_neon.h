@@ -15,10 +15,11 @@
 #include <cstring>
 
 #include "qlora_native/types.h"
+#include "simd_neon_halves.h"
 
 namespace qlora::cpu {
 
-struct Neon {
+struct Neon : NeonHalves {
   static constexpr const char* kName = "neon";
   static constexpr int kWidth = 8;
   struct F {
@@ -33,14 +34,10 @@ struct Neon {
 
   // ---- memory ----
   static F load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
-  static F load(const Float16* p) {
-    const float16x8_t v = vreinterpretq_f16_u16(load_bits(p));
-    return {vcvt_f32_f16(vget_low_f16(v)), vcvt_high_f32_f16(v)};
-  }
-  static F load(const BFloat16* p) {
+  template <class T>
+  static F load(const T* p) {
     const uint16x8_t v = load_bits(p);
-    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(v), 16)),
-            vreinterpretq_f32_u32(vshll_high_n_u16(v, 16))};
+    return {widen(T{}, vget_low_u16(v)), widen(T{}, vget_high_u16(v))};
   }
   static void store(float* p, F v) {
     vst1q_f32(p, v.low);
@@ -50,7 +47,7 @@ struct Neon {
   static void stream_fence() {}
   template <class T>
   static void store(T* p, F v) {
-    vst1q_u16(reinterpret_cast<std::uint16_t*>(p), narrow(T{}, v));
+    vst1q_u16(reinterpret_cast<std::uint16_t*>(p), narrow(T{}, v.low, v.high));
   }
   template <class T>
   static F load_n(const T* p, std::int64_t n) {
@@ -97,28 +94,6 @@ struct Neon {
     return std::bit_cast<float>(vmaxvq_s32(vmaxq_s32(bits(v).low, bits(v).high)));
   }
 
-  // ---- 16-bit elements, by their bits ----
-  static constexpr int kHalves = 2 * kWidth;
-  struct H {
-    int16x8_t low, high;
-  };
-  static H zero_halves() { return {vdupq_n_s16(0), vdupq_n_s16(0)}; }
-  static float widen(Float16 value) {
-    return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(value.bits))), 0);
-  }
-  static float widen(BFloat16 value) { return to_float(value); }
-  template <class T>
-  static H max_magnitude_halves(H magnitude, const T* p) {
-    const auto without_sign = [](const T* from) {
-      return vandq_s16(vreinterpretq_s16_u16(load_bits(from)), vdupq_n_s16(0x7FFF));
-    };
-    return {vmaxq_s16(magnitude.low, without_sign(p)),
-            vmaxq_s16(magnitude.high, without_sign(p + 8))};
-  }
-  static std::uint16_t reduce_max_halves(H v) {
-    return static_cast<std::uint16_t>(vmaxvq_s16(vmaxq_s16(v.low, v.high)));
-  }
-
   // ---- 32-bit integers ----
   static I set1_int(std::int32_t value) { return {vdupq_n_s32(value), vdupq_n_s32(value)}; }
   static I bits(F v) { return {vreinterpretq_s32_f32(v.low), vreinterpretq_s32_f32(v.high)}; }
@@ -151,7 +126,6 @@ struct Neon {
             vreinterpretq_s32_u32(vmovl_high_u16(words))};
   }
   static void store_bytes(std::uint8_t* p, I v) { vst1_u8(p, vmovn_u16(lower_halves(v))); }
-  // NEON gathers nothing: lane by lane.
 
   // ---- 4-bit codes ----
   // Every lane takes all four bytes and shifts its own nibble to the bottom.
@@ -163,12 +137,9 @@ struct Neon {
             vreinterpretq_s32_u32(vshlq_u32(all, int32x4_t{-20, -16, -28, -24}))};
   }
   static constexpr bool kHasPairs = false;
-  // Narrowed to bytes, the even and the odd ones apart; then the even ones shifted into place above
-  // the odd ones.
   static void pack_codes(std::uint8_t* packed, const I (&codes)[4]) {
-    const uint8x16_t first = lower_bytes(lower_halves(codes[0]), lower_halves(codes[1]));
-    const uint8x16_t last = lower_bytes(lower_halves(codes[2]), lower_halves(codes[3]));
-    vst1q_u8(packed, vsliq_n_u8(vuzp2q_u8(first, last), vuzp1q_u8(first, last), 4));
+    store_nibbles(packed, lower_bytes(lower_halves(codes[0]), lower_halves(codes[1])),
+                  lower_bytes(lower_halves(codes[2]), lower_halves(codes[3])));
   }
 
   using Table = uint8x16x4_t;
@@ -194,6 +165,25 @@ struct Neon {
     return {four(codes.low), four(codes.high)};
   }
 
+  // Eight of these for one vector of words share a shift and a mask four by four: they leave 4 *
+  // code in every byte. Then one byte is copied to all of its lane, joined with the number of the
+  // byte it will fetch, and looked up: three instructions, and none is a multiplication.
+  template <int kShift>
+  static F lookup_at(const Table& t, I words) {
+    constexpr std::uint32_t kByte = kShift / 8 * 0x01010101;
+    const uint8x16_t copies = vreinterpretq_u8_u32(
+        uint32x4_t{kByte, kByte + 0x04040404, kByte + 0x08080808, kByte + 0x0C0C0C0C});
+    const uint8x16_t byte_number = vreinterpretq_u8_u32(vdupq_n_u32(0x03020100));
+    const auto four = [&](int32x4_t lanes) {
+      const uint8x16_t bytes = vreinterpretq_u8_s32(lanes);
+      const uint8x16_t moved = kShift % 8 == 4 ? vshrq_n_u8(bytes, 2) : vshlq_n_u8(bytes, 2);
+      const uint8x16_t entries = vandq_u8(moved, vdupq_n_u8(0x3C));
+      const uint8x16_t at = vorrq_u8(vqtbl1q_u8(entries, copies), byte_number);
+      return vreinterpretq_f32_u8(vqtbl4q_u8(t, at));
+    };
+    return {four(words.low), four(words.high)};
+  }
+
   // The lower and the upper bytes of the entries apart: one look-up gives sixteen of either.
   struct HalfTable {
     uint8x16_t lower, upper;
@@ -201,8 +191,8 @@ struct Neon {
   template <class T>
   static HalfTable half_table(const Table& t) {
     const auto entries = [&t](int first) {
-      return vreinterpretq_u8_u16(narrow(
-          T{}, {vreinterpretq_f32_u8(t.val[first]), vreinterpretq_f32_u8(t.val[first + 1])}));
+      return vreinterpretq_u8_u16(
+          narrow(T{}, vreinterpretq_f32_u8(t.val[first]), vreinterpretq_f32_u8(t.val[first + 1])));
     };
     return {vuzp1q_u8(entries(0), entries(2)), vuzp2q_u8(entries(0), entries(2))};
   }
@@ -263,9 +253,6 @@ struct Neon {
   struct Bins {};
   static Bins bins(const float*) { return {}; }
 
-  static constexpr bool kHasHalfBounds = false;
-  struct HalfMidpoints {};
-  static HalfMidpoints half_midpoints(const float*) { return {}; }
   static constexpr bool kHasHalfTables = false;
 
   using Bytes = uint8x16_t;
@@ -349,29 +336,6 @@ struct Neon {
 
   static uint16x8_t lower_halves(I v) {
     return vuzp1q_u16(vreinterpretq_u16_s32(v.low), vreinterpretq_u16_s32(v.high));
-  }
-  static uint8x16_t lower_bytes(uint16x8_t a, uint16x8_t b) {
-    return vuzp1q_u8(vreinterpretq_u8_u16(a), vreinterpretq_u8_u16(b));
-  }
-
-  template <class T>
-  static uint16x8_t load_bits(const T* p) {
-    return vld1q_u16(reinterpret_cast<const std::uint16_t*>(p));
-  }
-  // Eight fp32 rounded to nearest even; the first argument names the type.
-  static uint16x8_t narrow(Float16, F v) {
-    return vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(v.low), v.high));
-  }
-  static uint16x8_t narrow(BFloat16, F v) {
-    return vcombine_u16(narrow_bf16(v.low), narrow_bf16(v.high));
-  }
-  // In integers; a NaN keeps its upper bits and is made quiet.
-  static uint16x4_t narrow_bf16(float32x4_t v) {
-    const uint32x4_t bits = vreinterpretq_u32_f32(v);
-    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
-    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
-    return vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, quiet), 16);
   }
 
   // Pairs of lanes, then pairs of pairs.

@@ -202,6 +202,11 @@ struct Scalar {
   static F lookup(const Table& t, I codes) {
     return map([&](int i) { return t.entry[codes.lane[i] & 0xF]; });
   }
+  // By the four bits of each lane from bit kShift on.
+  template <int kShift>
+  static F lookup_at(const Table& t, I words) {
+    return lookup(t, shift_right<kShift>(words));
+  }
 
   // Sixteen values of a 16-bit type, to decode straight to it, kDecoded of them (32 or 64) at a
   // time.

@@ -1,7 +1,7 @@
 // The quantization functions on every instruction set, against the scalar path: the same bits, at
-// every length of a tail, and not a byte beside the outputs.
+// every length of a tail and close to every midpoint, and not a byte beside the outputs.
+#include <bit>
 #include <cstdint>
-#include <cstdio>
 #include <utility>
 #include <vector>
 
@@ -17,14 +17,37 @@ struct Case {
   std::int64_t blocksize;
   DType dtype;
   Format format;
+  bool close = false;  // values close to the midpoints, and no others
 };
+
+// Of 16 bits: every finite value, strewn over the blocks. Of 32: midpoints and their neighbours, in
+// blocks with absmax 1.
+Bytes close_values(const Case& c) {
+  std::int64_t i = -1;
+  return make_values(c.n, c.dtype, [&] {
+    ++i;
+    const auto strewn = static_cast<std::uint16_t>(i * 40503);  // odd: a permutation
+    if (c.dtype == DType::float16) {
+      return (strewn & 0x7C00) == 0x7C00 ? 1.0f : to_float(Float16{strewn});
+    }
+    if (c.dtype == DType::bfloat16) {
+      if ((strewn & 0x7F80) == 0x7F80) return 1.0f;
+      const bool below_2 = i < c.n / 2;  // the other half has huge ones in every block
+      return to_float(BFloat16{static_cast<std::uint16_t>(below_2 ? strewn & 0xBFFF : strewn)});
+    }
+    if (i % 32 == 0) return 1.0f;
+    const float midpoint = c.format.midpoints[i % 15];
+    const auto ulps = static_cast<std::int32_t>(i % 7 % 3 - 1);
+    return std::bit_cast<float>(std::bit_cast<std::int32_t>(midpoint) + ulps);
+  });
+}
 
 // Runs everything once under the instruction set in use; returns all outputs, one behind the other.
 Bytes run(const Case& c, const char* isa) {
   const Backend& backend = cpu::backend();
   const Context context;
   Random random;
-  const Bytes x = random_values(random, c.n, c.dtype);
+  const Bytes x = c.close ? close_values(c) : random_values(random, c.n, c.dtype);
   const std::int64_t blocks = n_blocks(c.n, c.blocksize);
   std::vector<Output> outputs;
   const auto keep = [&](Output&& out, const char* op, Status status) {
@@ -112,24 +135,25 @@ Bytes run(const Case& c, const char* isa) {
   return all;
 }
 
+void compare(const Case& c, const char* isa) {
+  cpu::force_isa("scalar");
+  const Bytes wanted = run(c, "scalar");
+  cpu::force_isa(isa);
+  if (run(c, isa) != wanted) {
+    fail("%s differs from scalar: n=%lld blocksize=%lld", isa, number(c.n), number(c.blocksize));
+  }
+  count_case();
+}
+
 }  // namespace
 
 int main() {
   return on_each_isa([](const char* isa) {
     for (const std::int64_t blocksize : {32, 64, 4096}) {
-      for (std::int64_t n = 0; n <= 150; ++n) {
-        for (const DType dtype : kDTypes) {
-          for (const Format& format : {kNf4, kFp4}) {
-            const Case c{n, blocksize, dtype, format};
-            cpu::force_isa("scalar");
-            const Bytes wanted = run(c, "scalar");
-            cpu::force_isa(isa);
-            if (run(c, isa) != wanted) {
-              fail("%s differs from scalar: n=%lld blocksize=%lld", isa, number(n),
-                   number(blocksize));
-            }
-            count_case();
-          }
+      for (const DType dtype : kDTypes) {
+        for (const Format& format : {kNf4, kFp4}) {
+          for (std::int64_t n = 0; n <= 150; ++n) compare({n, blocksize, dtype, format}, isa);
+          compare({1 << 16, blocksize, dtype, format, true}, isa);
         }
       }
     }
