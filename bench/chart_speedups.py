@@ -27,14 +27,16 @@ def peers(rows: list[dict[str, Any]]) -> list[str]:
     return [name for name in found if not is_ours(name)]
 
 
-def draw(rows: list[dict[str, Any]], peer: str, report: dict[str, Any], folder: Path) -> Path:
+def draw(
+    rows: list[dict[str, Any]], peer: str, title: str, report: dict[str, Any], folder: Path
+) -> Path:
     """Grouped by case, a bar for each instruction set; what the peer does faster is hatched."""
     rows = [row for row in rows if peer in row["contenders"]]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     isas = list(dict.fromkeys(row["isa"] for row in rows))
     figure, axes = new_figure(
         9, 1.3 + 0.18 * len(cases) * max(1.4, len(isas)),
-        f"qlora_native over {peer}: {where_and_when(report)}",
+        f"{title}; {where_and_when(report)}",
     )  # fmt: skip
     thick = 0.8 / len(isas)
     values = []
@@ -63,5 +65,5 @@ def draw(rows: list[dict[str, Any]], peer: str, report: dict[str, Any], folder: 
         handles=[Patch(color=colour_of(isa), label=isa) for isa in isas], frameon=False,
         fontsize=8, loc="lower right",
     )  # fmt: skip
-    name = re.sub(r"[^a-z0-9]+", "_", peer.lower()).strip("_")
+    name = re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")
     return save(figure, folder / f"speedup_{name}.png")

@@ -17,14 +17,17 @@ ROOT = Path(__file__).parent.parent
 
 
 def draw(report: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Writes a PNG for the roofline and one for each peer; returns them by their titles."""
+    """Writes a PNG for the roofline and one for each section's peers; returns them by title."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for data in report["sections"].values() for row in _timed(data)]
+    sections = {title: _timed(data) for title, data in report["sections"].items()}
+    rows = [row for timed in sections.values() for row in timed]
     images: dict[str, Path] = {}
     if any(row["flops"] for row in rows):
         images["Roofline"] = chart_roofline.draw(rows, report, folder)
-    for peer in chart_speedups.peers(rows):
-        images[f"Speed-up over {peer}"] = chart_speedups.draw(rows, peer, report, folder)
+    for section, timed in sections.items():
+        for peer in chart_speedups.peers(timed):
+            title = f"{section}: over {peer}"
+            images[title] = chart_speedups.draw(timed, peer, title, report, folder)
     return images
 
 

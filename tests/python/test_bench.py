@@ -40,7 +40,7 @@ def test_report(tmp_path: Path) -> None:
         assert f"## {title}" in markdown
 
     drawn = charts.draw(report, tmp_path / "again")
-    assert {"Roofline", "Speed-up over torch"} <= drawn.keys()
+    assert {"Roofline", "4-bit linear: over torch"} <= drawn.keys()
     for title, path in drawn.items():
         assert path.read_bytes().startswith(PNG)
         assert f"![{title}](images/{path.name})" in markdown
