@@ -2,58 +2,59 @@
 //
 //   out[m][n] = bias[n] + sum over k of W[n][k] x[m][k] + scale * sum over r of B[n][r] u[m][r]
 //
-// Vectorized along k. A vector of 32-bit words is 8 * kWidth codes of one row; shifting it by 4 * j
-// bits brings code j of every word to the bottom, where a look-up turns it into values. So lane i
-// of step j meets x[8 i + j], and x is put into that order once per call: no code is ever moved
-// across lanes. The eight products of a word are summed before they meet the scale, which is one
-// for at least two words. Per vector of weights that is a shift, a look-up and one multiply-add for
-// each row of x; with one row the shuffle unit limits it, with four the multiply-add units.
+// Vectorized along k, a vector of words (8 codes each) of a few rows of W at a time: no code is
+// ever moved to another place of its row, but x is put once per call into the order in which codes
+// come out of their words (gemv_words_inl.h).
 //
-// Weights whose rows are not whole vectors of codes go through a decoded row.
+// Weights whose rows are not whole runs of codes go through a decoded row.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "decode_inl.h"
 #include "dropout_inl.h"
 #include "dtype_dispatch.h"
+#include "gemv_words_inl.h"
 #include "parallel.h"
 #include "qlora_native/layout.h"
 #include "qlora_native/params.h"
+#include "row_scales_inl.h"
 #include "whole_rows_inl.h"
 #include "workspace.h"
 
 namespace qlora::cpu {
 
-// Above it packing panels pays: at M = 4 this takes 0.65 of the multiply-add rate (Zen 4, AVX-512,
-// 4096 x 4096, 2026-11-24), and with more rows the sums of two rows of W no longer fit the
-// registers.
-inline constexpr std::int64_t kGemvMaxRows = 4;
-inline constexpr std::int64_t kMaxRowsOfW = 4;
+// Above it packing panels pays. With 16 lanes a value of W that was decoded meets up to 8 rows of x
+// in registers; with 8 lanes half as many sums fit.
+template <class V>
+inline constexpr std::int64_t kGemvMaxRows = V::kWidth == 16 ? 8 : 4;
+inline constexpr int kMaxRowsOfW = 4;
+inline constexpr std::int64_t kGemvSpan = 1024;  // values between two readings ahead of scales
+inline constexpr std::int64_t kGemvBlock = 64;   // rows of W that a thread takes at a time
 
 struct GemvLora {
   const Lora* lora = nullptr;  // null: no branch
   float* u = nullptr;          // [M, R] out
 };
 
-// The scratch of one call, in floats. Rows of x are kept apart by whole vectors, padded with zeros.
+// The scratch of one call, in floats. Rows of x are kept apart by whole vectors of words, padded
+// with zeros.
 template <class V>
 struct GemvLayout {
-  static constexpr std::int64_t kChunk = kCodesPerWord * V::kWidth;  // values in a vector of words
-
   explicit GemvLayout(const LinearParams& p, const GemvLora& branch)
-      : k_padded(ceil_div(p.weight.cols, kChunk) * kChunk),
+      : k_padded(ceil_div(p.weight.cols, kCodesOfWords<V>) * kCodesOfWords<V>),
         r_padded(branch.lora == nullptr ? 0 : ceil_div(branch.lora->r, V::kWidth) * V::kWidth),
-        row_floats(k_padded + 2 * V::kWidth),
+        own_floats(RowScales<V, kMaxRowsOfW>::floats(p.weight.cols) + k_padded),
         x_size(p.m * k_padded),
         u_size(p.m * r_padded) {}
 
   [[nodiscard]] std::int64_t floats(int threads) const {
-    return 2 * x_size + u_size + threads * kMaxRowsOfW * row_floats;
+    return 2 * x_size + u_size + threads * own_floats;
   }
 
   std::int64_t k_padded, r_padded;
-  std::int64_t row_floats;  // a row's scales and what pick() reads past them, or its decoded values
+  std::int64_t own_floats;  // a thread's: the scales of its rows, or one decoded row
   std::int64_t x_size, u_size;
 };
 
@@ -67,115 +68,79 @@ void dot_dense(const T* row, std::int64_t count, const float* x, std::int64_t x_
   }
 }
 
-// One step: code kShift / 4 of every word, with the values of x that belong to it.
-template <class V, int kStep, int kShift, int kM, int kN>
-[[gnu::always_inline]] inline void dot_step(const typename V::Table& table,
-                                            const typename V::I (&words)[kN], const float* x,
-                                            typename V::F (&part)[kN][kM]) {
-  typename V::F w[kN];
-#pragma GCC unroll 4
-  for (int i = 0; i < kN; ++i) w[i] = V::template lookup_at<kShift>(table, words[i]);
-#pragma GCC unroll 4
-  for (int m = 0; m < kM; ++m) {
-    const auto right = V::load(x + m * GemvLayout<V>::kChunk + kStep * V::kWidth);
-#pragma GCC unroll 4
-    for (int i = 0; i < kN; ++i) {
-      part[i][m] = kStep == 0 ? V::mul(w[i], right) : V::fma(w[i], right, part[i][m]);
-    }
-  }
-}
-
-// A vector of words of each of kN rows of W: eight steps, then the scales.
-template <class V, int kM, int kN>
-[[gnu::always_inline]] inline void dot_words(const typename V::Table& table,
-                                             const typename V::I (&words)[kN], const float* x,
-                                             const float* scales, std::int64_t scales_stride,
-                                             typename V::I run_of_lane,
-                                             typename V::F (&sum)[kN][kM]) {
-  typename V::F part[kN][kM];
-  dot_step<V, 0, 4>(table, words, x, part);
-  dot_step<V, 1, 0>(table, words, x, part);
-  dot_step<V, 2, 12>(table, words, x, part);
-  dot_step<V, 3, 8>(table, words, x, part);
-  dot_step<V, 4, 20>(table, words, x, part);
-  dot_step<V, 5, 16>(table, words, x, part);
-  dot_step<V, 6, 28>(table, words, x, part);
-  dot_step<V, 7, 24>(table, words, x, part);
-#pragma GCC unroll 4
-  for (int i = 0; i < kN; ++i) {
-    const auto scale = V::pick(scales + i * scales_stride, run_of_lane);
-#pragma GCC unroll 4
-    for (int m = 0; m < kM; ++m) sum[i][m] = V::fma(part[i][m], scale, sum[i][m]);
-  }
-}
-
-// sum[i][m] = row n + i of the weight . x[m], with x in the order of GemvRun::place. The rows'
-// scales go to `scales`, `scales_stride` apart.
-template <class V, int kM, int kN>
-[[gnu::always_inline]] inline void dot_4bit(const WholeRows<V>& rows, std::int64_t n,
-                                            const float* x, float* scales,
-                                            std::int64_t scales_stride,
-                                            typename V::F (&sum)[kN][kM]) {
-  using I = typename V::I;
-  constexpr std::int64_t kChunk = GemvLayout<V>::kChunk;
+// result[i][m] = row n + i of the weight . x[m], with x in the decoder's order. Reads ahead the
+// scales of rows `next`.. . The sums are a variable of this function, or they would live in memory.
+template <class Decoder, int kM, int kN, class V = typename Decoder::Vector>
+[[gnu::always_inline]] inline void dot_rows(const Decoder& decoder, const WholeRows<V>& rows,
+                                            std::int64_t n, std::int64_t next, const float* x,
+                                            RowScales<V, kN>& scales,
+                                            typename V::F (&result)[kN][kM]) {
+  constexpr std::int64_t kWords = kCodesOfWords<V>;
+  constexpr std::int64_t kX = Decoder::kSteps * V::kWidth;  // floats of x per vector of words
   const std::int64_t k = rows.weight.cols;
-  const int run_shift = rows.run_shift;
   const std::uint8_t* codes[kN];
+  typename V::F sum[kN][kM];
+  scales.advance(n);
+#pragma GCC unroll 8
   for (int i = 0; i < kN; ++i) {
-    float* row_scales = scales + i * scales_stride;
-    rows.scales(n + i, 0, k, row_scales);
-    V::store(row_scales + (k >> run_shift), V::zero());
     codes[i] = rows.codes(n + i, 0);
-    for (auto& s : sum[i]) s = V::zero();
+#pragma GCC unroll 8
+    for (int m = 0; m < kM; ++m) sum[i][m] = V::zero();
   }
-  const I run_of_lane = V::load_int(rows.run_of_word);
-  const auto table = rows.table;
+  const auto run_of_word = V::load_int(rows.run_of_word);
   const std::int64_t ahead = kN * (k >> 1);  // the same place of the rows that come next
-  I words[kN];
-  std::int64_t first = 0;
-  for (; first + kChunk <= k; first += kChunk) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kN; ++i) {
-      words[i] = V::load_int(codes[i] + (first >> 1));
-      V::prefetch(codes[i] + (first >> 1) + ahead);
+  typename V::I words[kN];
+  typename Decoder::Scale scale[kN];
+  const std::int64_t whole = k / kWords * kWords;
+  for (std::int64_t first = 0; first < whole;) {
+    const std::int64_t end = whole - first < kGemvSpan ? whole : first + kGemvSpan;
+    scales.read_ahead(next, first, end - first);
+    for (; first < end; first += kWords) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kN; ++i) {
+        words[i] = V::load_int(codes[i] + (first >> 1));
+        V::prefetch(codes[i] + (first >> 1) + ahead);
+        scale[i] = decoder.scale(scales.of(i, first), rows.run_shift, run_of_word);
+      }
+      dot_words<Decoder, kM, kN>(decoder, words, x + first / kWords * kM * kX, scale, sum);
     }
-    dot_words<V>(table, words, x + first * kM, scales + (first >> run_shift), scales_stride,
-                 run_of_lane, sum);
   }
-  if (first < k) {
+  if (whole < k) {
+    scales.read_ahead(next, whole, k - whole);
+#pragma GCC unroll 8
     for (int i = 0; i < kN; ++i) {
-      words[i] = V::load_int_n(codes[i] + (first >> 1), (k - first) / kCodesPerWord);
+      words[i] = V::load_int_n(codes[i] + (whole >> 1), (k - whole) / kCodesPerWord);
+      scale[i] = decoder.scale(scales.of(i, whole), rows.run_shift, run_of_word);
     }
-    dot_words<V>(table, words, x + first * kM, scales + (first >> run_shift), scales_stride,
-                 run_of_lane, sum);
+    dot_words<Decoder, kM, kN>(decoder, words, x + whole / kWords * kM * kX, scale, sum);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kN; ++i) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kM; ++m) result[i][m] = sum[i][m];
   }
 }
 
-// How many rows of W go by together: each value of x that is loaded serves them all. As many as the
-// registers hold: kN * kM sums twice over (a word's and the row's), kN words, kN values.
-template <int kWidth, int kM>
-inline constexpr int kGemvRowsOfW = 1;
-template <>
-inline constexpr int kGemvRowsOfW<16, 1> = 2;
-template <>
-inline constexpr int kGemvRowsOfW<16, 2> = 4;
-template <>
-inline constexpr int kGemvRowsOfW<16, 3> = 3;
-template <>
-inline constexpr int kGemvRowsOfW<16, 4> = 3;
-template <>
-inline constexpr int kGemvRowsOfW<8, 1> = 2;
+// Whether rows of the weight are whole runs of codes, as long as the decoder needs them.
+template <class Decoder>
+bool serves(const Weight4bit& weight) {
+  using Rows = WholeRows<typename Decoder::Vector>;
+  return Rows::fits(weight) && Rows(weight).run_shift >= Decoder::kMinRunShift;
+}
 
-// A call with its number of rows known.
-template <class V, int kM>
+// A call with its decoder and its number of rows known.
+template <class Decoder, int kM>
 class GemvRun {
  public:
+  using V = typename Decoder::Vector;
+
   GemvRun(const LinearParams& p, const GemvLora& branch, float* scratch)
       : p_(p),
         branch_(branch),
         layout_(p, branch),
+        decoder_(p.weight.format.values),
         rows_(p.weight),
-        whole_(WholeRows<V>::fits(p.weight)),
+        whole_(serves<Decoder>(p.weight)),
         x_(scratch),
         x_dropped_(x_ + layout_.x_size),
         u_scaled_(x_dropped_ + layout_.x_size),
@@ -188,44 +153,56 @@ class GemvRun {
     // Below some 2^17 products another thread costs more than it takes over.
     const std::int64_t worth = kM * n * p_.weight.cols / (std::int64_t{1} << 17) + 1;
     const std::int64_t parts = worth < context.threads ? worth : context.threads;
-    parallel_parts(context, parts, [&](std::int64_t part) {
-      float* own = per_thread_ + part * kMaxRowsOfW * layout_.row_floats;
-      std::int64_t row = n * part / parts;
-      const std::int64_t end = n * (part + 1) / parts;
-      for (; row + kRowsOfW <= end; row += kRowsOfW) compute_rows<kRowsOfW>(row, own);
-      for (; row < end; ++row) compute_rows<1>(row, own);
-    });
+    parallel_blocks(context, parts, ceil_div(n, kGemvBlock),
+                    [&](std::int64_t part, std::int64_t block) {
+                      const std::int64_t begin = block * kGemvBlock;
+                      const std::int64_t end = begin + kGemvBlock < n ? begin + kGemvBlock : n;
+                      compute_block(begin, end, per_thread_ + part * layout_.own_floats);
+                    });
   }
 
  private:
-  static constexpr std::int64_t kChunk = GemvLayout<V>::kChunk;
-  static constexpr int kRowsOfW = kGemvRowsOfW<V::kWidth, kM>;
-
-  // Where x[m][k] lies: [chunk][m][step][lane] for whole rows of codes, else row-major.
-  std::int64_t place(std::int64_t m, std::int64_t k) const {
-    if (!whole_) return m * layout_.k_padded + k;
-    const std::int64_t chunk = k / kChunk, lane = k % kChunk / kCodesPerWord;
-    return (chunk * kM + m) * kChunk + k % kCodesPerWord * V::kWidth + lane;
-  }
+  static constexpr std::int64_t kWords = kCodesOfWords<V>;
+  static constexpr int kN = GemvShape<Decoder, kM>::kN;
 
   template <class T>
   void read_x() {
     const std::int64_t k = p_.weight.cols;
-    const Dropout dropout = branch_.lora == nullptr ? Dropout{} : make_dropout<V>(*branch_.lora);
-    const auto gain = V::set1(dropout.gain);
     for (std::int64_t m = 0; m < kM; ++m) {
       const T* from = static_cast<const T*>(p_.x) + m * k;
-      for (std::int64_t i = 0; i < layout_.k_padded; ++i) {
-        x_[place(m, i)] = i < k ? to_float(from[i]) : 0.0f;
+      for (std::int64_t first = 0; first < layout_.k_padded; first += kWords) {
+        float values[kWords];
+        for (std::int64_t i = 0; i < kWords; i += V::kWidth) {
+          V::store(values + i, load_x(from, first + i));
+        }
+        if (whole_) {
+          constexpr std::int64_t kX = Decoder::kSteps * V::kWidth;
+          Decoder::place_x(values, x_ + (first / kWords * kM + m) * kX);
+        } else {
+          std::memcpy(x_ + m * layout_.k_padded + first, values, sizeof values);
+        }
       }
-      if (branch_.lora == nullptr) continue;
-      const DropoutRow<V> mask(dropout, m);
-      for (std::int64_t i = 0; i < layout_.k_padded; i += V::kWidth) {
-        const std::int64_t rest = k - i < 0 ? 0 : k - i;
-        auto v = V::mul(V::load_n(from + i, rest < V::kWidth ? rest : V::kWidth), gain);
-        if (dropout.active) v = mask.apply(v, i);
-        V::store(x_dropped_ + m * layout_.k_padded + i, v);
-      }
+      if (branch_.lora != nullptr) drop_x(from, m);
+    }
+  }
+
+  // A vector of a row of x from value i on, zeros past its end.
+  template <class T>
+  typename V::F load_x(const T* row, std::int64_t i) const {
+    const std::int64_t rest = p_.weight.cols - i;
+    if (rest >= V::kWidth) return V::load(row + i);
+    return rest > 0 ? V::load_n(row + i, rest) : V::zero();
+  }
+
+  template <class T>
+  void drop_x(const T* from, std::int64_t m) {
+    const Dropout dropout = make_dropout<V>(*branch_.lora);
+    const auto gain = V::set1(dropout.gain);
+    const DropoutRow<V> mask(dropout, m);
+    for (std::int64_t i = 0; i < layout_.k_padded; i += V::kWidth) {
+      auto v = V::mul(load_x(from, i), gain);
+      if (dropout.active) v = mask.apply(v, i);
+      V::store(x_dropped_ + m * layout_.k_padded + i, v);
     }
   }
 
@@ -251,21 +228,36 @@ class GemvRun {
     });
   }
 
-  // Rows n.. of W, kN of them: a column of out each.
-  template <int kN>
-  void compute_rows(std::int64_t n, float* own) {
-    typename V::F sum[kN][kM];
-    if (whole_) {
-      dot_4bit<V>(rows_, n, x_, own, layout_.row_floats, sum);
-    } else {
-      const std::int64_t k = p_.weight.cols;
-      for (int i = 0; i < kN; ++i) {
-        decode_run<V>(p_.weight, (n + i) * k, k, own);
-        for (auto& s : sum[i]) s = V::zero();
-        dot_dense<V, kM>(own, k, x_, layout_.k_padded, sum[i]);
-      }
+  void compute_block(std::int64_t begin, std::int64_t end, float* own) {
+    if (!whole_) {
+      for (std::int64_t n = begin; n < end; ++n) compute_decoded_row(n, own);
+      return;
     }
-    for (int i = 0; i < kN; ++i) finish_row(n + i, sum[i]);
+    const std::int64_t whole_end = begin + (end - begin) / kN * kN;
+    compute_rows<kN>(begin, whole_end, own);
+    if constexpr (kN > 1) compute_rows<1>(whole_end, end, own);
+  }
+
+  // Rows begin..end - 1 of W, kGroup of them at a time: a column of out each.
+  template <int kGroup>
+  void compute_rows(std::int64_t begin, std::int64_t end, float* own) {
+    if (begin == end) return;
+    RowScales<V, kGroup> scales(rows_, begin, own);
+    for (std::int64_t n = begin; n < end; n += kGroup) {
+      const std::int64_t next = n + kGroup < end ? n + kGroup : n;
+      typename V::F sum[kGroup][kM];
+      dot_rows<Decoder, kM, kGroup>(decoder_, rows_, n, next, x_, scales, sum);
+      for (int i = 0; i < kGroup; ++i) finish_row(n + i, sum[i]);
+    }
+  }
+
+  void compute_decoded_row(std::int64_t n, float* own) {
+    const std::int64_t k = p_.weight.cols;
+    typename V::F sum[kM];
+    for (auto& s : sum) s = V::zero();
+    decode_run<V>(p_.weight, n * k, k, own);
+    dot_dense<V, kM>(own, k, x_, layout_.k_padded, sum);
+    finish_row(n, sum);
   }
 
   void finish_row(std::int64_t n, typename V::F (&sum)[kM]) {
@@ -288,6 +280,7 @@ class GemvRun {
   const LinearParams& p_;
   const GemvLora& branch_;
   const GemvLayout<V> layout_;
+  const Decoder decoder_;
   const WholeRows<V> rows_;  // where whole_
   const bool whole_;
   float* x_;
@@ -295,6 +288,16 @@ class GemvRun {
   float* u_scaled_;   // [M][r_padded]
   float* per_thread_;
 };
+
+// From the number of rows at run time to the run for it.
+template <class Decoder, int kM = kGemvMaxRows<typename Decoder::Vector>>
+void gemv_rows(const LinearParams& p, const GemvLora& branch, float* scratch,
+               const Context& context) {
+  if constexpr (kM > 1) {
+    if (p.m < kM) return gemv_rows<Decoder, kM - 1>(p, branch, scratch, context);
+  }
+  GemvRun<Decoder, kM>(p, branch, scratch).run(context);
+}
 
 template <class V>
 Status gemv(const LinearParams& p, const GemvLora& branch, const Context& context) {
@@ -304,19 +307,16 @@ Status gemv(const LinearParams& p, const GemvLora& branch, const Context& contex
                             sizeof(float));
   auto* scratch = workspace.as<float>();
   if (scratch == nullptr) return kOutOfMemory;
-  switch (p.m) {
-    case 1:
-      GemvRun<V, 1>(p, branch, scratch).run(context);
-      break;
-    case 2:
-      GemvRun<V, 2>(p, branch, scratch).run(context);
-      break;
-    case 3:
-      GemvRun<V, 3>(p, branch, scratch).run(context);
-      break;
-    default:
-      GemvRun<V, 4>(p, branch, scratch).run(context);
-      break;
+  if constexpr (HasPairTables<V>) {
+    if (p.dtype == DType::bfloat16 && serves<PairWords<V>>(p.weight)) {
+      gemv_rows<PairWords<V>>(p, branch, scratch, context);
+      return {};
+    }
+  }
+  if constexpr (HasBytePlanes<V>) {
+    gemv_rows<PlaneWords<V>>(p, branch, scratch, context);
+  } else {
+    gemv_rows<ShiftWords<V>>(p, branch, scratch, context);
   }
   return {};
 }

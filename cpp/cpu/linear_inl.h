@@ -49,7 +49,7 @@ Segment base_backward(const Weight4bit& weight, DType dtype, const void* grad_ou
 
 template <class V>
 Status linear_4bit(const LinearParams& p, const Context& context) {
-  if (p.m <= kGemvMaxRows) return gemv<V>(p, GemvLora{}, context);
+  if (p.m <= kGemvMaxRows<V>) return gemv<V>(p, GemvLora{}, context);
   const Segment base = base_forward<V>(p.weight, p.dtype, p.x);
   const GemmOutput out = {
       .dtype = p.dtype, .data = p.out, .row_stride = p.weight.rows, .bias = p.bias};

@@ -32,4 +32,19 @@ void parallel_parts(const Context& context, std::int64_t n_parts, const Body& bo
   });
 }
 
+// body(part, block) for each block of [0, n_blocks), handed out as the parts ask for them: a thread
+// that wakes late, or shares its processor, takes fewer. `part` tells scratch apart.
+template <class Body>
+void parallel_blocks(const Context& context, std::int64_t n_parts, std::int64_t n_blocks,
+                     const Body& body) {
+  std::int64_t next = 0;
+  parallel_parts(context, n_parts, [&](std::int64_t part) {
+    for (;;) {
+      const std::int64_t block = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (block >= n_blocks) return;
+      body(part, block);
+    }
+  });
+}
+
 }  // namespace qlora::cpu

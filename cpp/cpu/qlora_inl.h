@@ -28,7 +28,7 @@ Status qlora_linear(const QloraLinearParams& p, const Context& context) {
   const LinearParams& base = p.base;
   const Lora& lora = p.lora;
   const std::int64_t k = base.weight.cols, n = base.weight.rows;
-  if (base.m <= kGemvMaxRows) return gemv<V>(base, {.lora = &lora, .u = p.u}, context);
+  if (base.m <= kGemvMaxRows<V>) return gemv<V>(base, {.lora = &lora, .u = p.u}, context);
 
   const Dropout dropout = make_dropout<V>(lora);
   const Segment down = {

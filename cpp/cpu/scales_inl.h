@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "qlora_native/dynamic_map.h"
 #include "qlora_native/layout.h"
@@ -20,14 +21,38 @@ template <class V>
   return value * scales.nested_absmax[block / kNestedBlocksize] + *scales.nested_offset;
 }
 
-// out[i] = map[codes[i]], code by code: two loads, and a store at a time. Compilers turn this into
-// gathers or into extracts and inserts, which take 1.5 to 3 times as long on Zen 4 and, unlike
-// this, do so on the vector units that the caller needs.
+// out[i] = map[codes[i]], code by code: two loads, and a store at a time, through integer
+// registers. Compilers turn this into gathers or into extracts and inserts, which take 1.5 to 3
+// times as long on Zen 4 and, unlike this, do so on the vector units that the caller needs.
 template <class V>
 [[gnu::optimize("no-tree-vectorize")]] void read_map(const float* map, const std::uint8_t* codes,
                                                      std::int64_t n, float* out) {
 #pragma GCC unroll 8
-  for (std::int64_t i = 0; i < n; ++i) out[i] = map[codes[i]];
+  for (std::int64_t i = 0; i < n; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &map[codes[i]], sizeof bits);
+    std::memcpy(out + i, &bits, sizeof bits);
+  }
+}
+
+// out[i] holds the map's value of block first + i and becomes that block's scale.
+template <class V>
+void apply_nested_scales(const Scales& scales, std::int64_t first, std::int64_t n, float* out) {
+  const auto offset = V::set1(*scales.nested_offset);
+  for (std::int64_t i = 0; i < n;) {
+    const std::int64_t nested_block = (first + i) / kNestedBlocksize;
+    const std::int64_t nested_end = (nested_block + 1) * kNestedBlocksize - first;
+    const std::int64_t stop = nested_end < n ? nested_end : n;
+    const auto nested_absmax = V::set1(scales.nested_absmax[nested_block]);
+    for (; i + V::kWidth <= stop; i += V::kWidth) {
+      V::store(out + i, V::add(V::mul(V::load(out + i), nested_absmax), offset));
+    }
+    if (i < stop) {
+      const auto rest = V::add(V::mul(V::load_n(out + i, stop - i), nested_absmax), offset);
+      V::store_n(out + i, rest, stop - i);
+      i = stop;
+    }
+  }
 }
 
 // out[j][i] = map[codes[blocks[i] + j]], likewise.
@@ -52,21 +77,7 @@ void block_scales(const Scales& scales, std::int64_t first, std::int64_t n, floa
     return;
   }
   read_map<V>(kDynamicMapSigned, scales.absmax_q8 + first, n, out);
-  const auto offset = V::set1(*scales.nested_offset);
-  for (std::int64_t i = 0; i < n;) {
-    const std::int64_t nested_block = (first + i) / kNestedBlocksize;
-    const std::int64_t nested_end = (nested_block + 1) * kNestedBlocksize - first;
-    const std::int64_t stop = nested_end < n ? nested_end : n;
-    const auto nested_absmax = V::set1(scales.nested_absmax[nested_block]);
-    for (; i + V::kWidth <= stop; i += V::kWidth) {
-      V::store(out + i, V::add(V::mul(V::load(out + i), nested_absmax), offset));
-    }
-    if (i < stop) {
-      const auto rest = V::add(V::mul(V::load_n(out + i, stop - i), nested_absmax), offset);
-      V::store_n(out + i, rest, stop - i);
-      i = stop;
-    }
-  }
+  apply_nested_scales<V>(scales, first, n, out);
 }
 
 }  // namespace qlora::cpu

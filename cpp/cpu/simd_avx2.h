@@ -228,6 +228,39 @@ struct Avx2 : Avx2Halves {
   }
   static F pick(const float* p, I index) { return _mm256_permutevar8x32_ps(load(p), index); }
 
+  // ---- the few-rows linear layer's words ----
+  struct BytePlanes {
+    I plane[4];
+  };
+  static BytePlanes byte_planes(const float* entries) {
+    BytePlanes result;
+    std::uint8_t bytes[4][16];
+    for (int i = 0; i < 16; ++i) {
+      const auto bits = std::bit_cast<std::uint32_t>(entries[i]);
+      for (int j = 0; j < 4; ++j) bytes[j][i] = static_cast<std::uint8_t>(bits >> (8 * j));
+    }
+    for (int j = 0; j < 4; ++j) result.plane[j] = Avx2::bytes(bytes[j]);
+    return result;
+  }
+  static I first_codes(I words) {
+    return _mm256_and_si256(_mm256_srli_epi16(words, 4), _mm256_set1_epi8(0xF));
+  }
+  static I second_codes(I words) { return _mm256_and_si256(words, _mm256_set1_epi8(0xF)); }
+  static void lookup_planes(const BytePlanes& p, I codes, F (&values)[4]) {
+    const I byte0 = _mm256_shuffle_epi8(p.plane[0], codes);
+    const I byte1 = _mm256_shuffle_epi8(p.plane[1], codes);
+    const I byte2 = _mm256_shuffle_epi8(p.plane[2], codes);
+    const I byte3 = _mm256_shuffle_epi8(p.plane[3], codes);
+    const I lower01 = _mm256_unpacklo_epi8(byte0, byte1);
+    const I lower23 = _mm256_unpackhi_epi8(byte0, byte1);
+    const I upper01 = _mm256_unpacklo_epi8(byte2, byte3);
+    const I upper23 = _mm256_unpackhi_epi8(byte2, byte3);
+    values[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(lower01, upper01));
+    values[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(lower01, upper01));
+    values[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(lower23, upper23));
+    values[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(lower23, upper23));
+  }
+
   // ---- dropout's words ----
   static I lane_index() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
   static I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }

@@ -265,6 +265,19 @@ struct Avx512Bf16 : Avx512 {
   static F dot_pairs(F sum, I a, I b) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
+
+  // ---- the few-rows linear layer's words ----
+  using PairTable = I;
+  static PairTable pair_table(Table t, float first, float second) {
+    return reinterpret_cast<I>(_mm512_cvtne2ps_pbh(scaled(t, second), scaled(t, first)));
+  }
+  static I lookup_pairs(PairTable t, I codes) {
+    const I upper_half = _mm512_mask_set1_epi32(set1_int(0), 0xFF00, 0x00100010);
+    constexpr int kFirstAndSecondOrThird = 0xEA;
+    const I index =
+        _mm512_ternarylogic_epi32(codes, set1_int(0x000F000F), upper_half, kFirstAndSecondOrThird);
+    return _mm512_permutexvar_epi16(index, t);
+  }
 };
 #endif
 

@@ -314,6 +314,17 @@ struct Scalar {
     return map([=](int i) { return p[index.lane[i]]; });
   }
 
+  // ---- the few-rows linear layer's words, which a path may have (gemv_words_inl.h) ----
+  //
+  //   BytePlanes byte_planes(entries)      the four bytes of 16 floats apart
+  //   I first_codes(words), second_codes   the high or the low nibble of each byte, in that byte
+  //   lookup_planes(planes, codes, F[4])   their values: values[j] is of bytes 4 j.. of each half
+  //   of
+  //                                        the register (of 16 bytes each)
+  //   PairTable pair_table(table, s0, s1)  the entries times s0 and times s1, rounded to bf16
+  //   I lookup_pairs(pair_table, codes)    both halves of a lane by their lowest nibbles: in the
+  //                                        lower lanes scaled with s0, in the upper ones with s1
+
   // ---- dropout's words: lanes are uint32 ----
   static I lane_index() {
     return map_int([](int i) { return i; });

@@ -40,6 +40,13 @@ CASES = {
     "fp4": Case(n=50, k=320, m=(1, 4, 19), format="fp4"),
     "fp4_odd_k": Case(n=11, k=39, m=(2, 6), format="fp4", blocksize=32),
     "single_quantized": Case(n=64, k=256, m=(1, 4, 31), blocksize=128, double_quant=False),
+    "few_rows": Case(n=39, k=1280 + 64, m=(1, 2, 3, 4, 5, 6, 7, 8, 9)),
+    "few_rows_single_quantized": Case(
+        n=11, k=256 + 32, m=(1, 2, 3, 4, 5, 6, 7, 8), blocksize=32, double_quant=False
+    ),
+    "few_rows_fp4": Case(n=70, k=192, m=(1, 2, 5, 8), format="fp4", blocksize=128),
+    "words_past_a_vector": Case(n=10, k=128 + 16, m=(1, 2, 3, 4, 5, 8)),
+    "few_rows_odd_k": Case(n=13, k=301, m=(1, 2, 3, 4, 5, 8)),
     "no_rows": Case(n=0, k=64, m=(1, 8), double_quant=False),
     "no_columns": Case(n=5, k=0, m=(1, 8), double_quant=False),
 }

@@ -10,6 +10,7 @@ from linear_cases import (
     DTYPE_IDS,
     DTYPES,
     NAMES,
+    Case,
     assert_as_exact_as_plain,
     make_weight,
     rand,
@@ -41,6 +42,24 @@ def test_forward(isa: str, name: str, dtype: torch.dtype) -> None:
             magnitude + bias.double().abs(),
             f"M={m} with bias",
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+def test_few_rows_at_every_blocksize(isa: str, blocksize: int, dtype: torch.dtype) -> None:
+    """Rows that are whole blocks, and rows of half a block (as far as those go)."""
+    for k in (blocksize, blocksize // 2, 3 * blocksize):
+        case = Case(n=9, k=k, m=(1, 3, 6), blocksize=blocksize)
+        weight = make_weight(case)
+        for m in case.m:
+            x = rand(m, k, seed=12, dtype=dtype)
+            assert_as_exact_as_plain(
+                ops.linear_4bit(x, *weight.parts, case.n, blocksize, case.format),
+                x @ weight.rounded(dtype).T,
+                x.double() @ weight.exact.T,
+                x.double().abs() @ weight.exact.abs().T,
+                f"K={k}, M={m}",
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
@@ -104,7 +123,7 @@ def test_reads_only_its_inputs(isa: str, sentinels, name: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("m", [1, 4, 5, 40, 600])
+@pytest.mark.parametrize("m", [1, 2, 4, 5, 8, 9, 40, 600])
 def test_same_bits_on_any_number_of_threads(isa: str, m: int, dtype: torch.dtype) -> None:
     case = CASES["model"]
     weight = make_weight(case)
