@@ -9,10 +9,9 @@
 //                entries are looked up apart, 32 at a time, and interleaved: 14 instructions for 32
 //                values, where shifts, two permutations and a blend take 20.
 //   PairWords    (AVX512-BF16, bf16 activations) two codes of a word are looked up at once as a
-//   pair
-//                of bf16 and meet a pair of x in one vdpbf16ps: half the instructions. The table
-//                holds the values of two blocks, scaled and then rounded as a dequantized bf16
-//                weight is, and is made anew for each vector of words (three instructions).
+//                pair of bf16 and meet a pair of x in one vdpbf16ps: half the instructions. The
+//                table holds the values of two blocks, scaled and then rounded as a dequantized
+//                bf16 weight is, and is made anew for each vector of words (three instructions).
 //
 // With few rows of x the products of a vector of words are summed before they meet the scale, which
 // is one for at least two words.

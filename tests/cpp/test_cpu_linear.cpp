@@ -21,7 +21,7 @@ struct Case {
   float dropout_p;
 };
 
-// What the sizes are for: a row each of the matrix-vector kernel (M <= 4) and the packed product,
+// What the sizes are for: a row each of the matrix-vector kernel (few rows) and the packed product,
 // with K whole words of codes (a multiple of 16) or not, and N past a vector, a panel, a block.
 constexpr Case kCases[] = {
     {0, 5, 32, 2, 32, false, 0.0f},      {3, 0, 32, 2, 32, false, 0.0f},
