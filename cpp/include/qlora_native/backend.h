@@ -16,7 +16,8 @@ struct Context {
   // on each, from the caller's pool; returns when all are done.
   void (*parallel_for)(std::int64_t n, std::int64_t grain, Body body, void* arg) = nullptr;
   int threads = 1;
-  void* stream = nullptr;
+  void* stream = nullptr;  // a cudaStream_t, of that device
+  int device = 0;
 };
 
 struct Backend {

@@ -1,0 +1,59 @@
+// Shared memory: the only way in which kernels read and write it.
+//
+//   __shared__ SharedArray<float, 256> table;             at function scope
+//   const auto tile = dynamic_shared<float>(offset, n);   of the launch's dynamic_shared bytes
+#pragma once
+
+#include <cstdint>
+
+#include "device/vec.cuh"
+
+namespace qlora::cuda {
+
+template <class T>
+class Shared {
+ public:
+  __device__ explicit Shared(T* data) : data_(data) {}
+
+  [[nodiscard]] __device__ T load(int i) const { return data_[i]; }
+  __device__ void store(int i, T value) const { data_[i] = value; }
+  template <int N>
+  [[nodiscard]] __device__ Vec<T, N> load_vec(int i) const {
+    return *reinterpret_cast<const Vec<T, N>*>(data_ + i);
+  }
+  template <int N>
+  __device__ void store_vec(int i, const Vec<T, N>& value) const {
+    *reinterpret_cast<Vec<T, N>*>(data_ + i) = value;
+  }
+  // atom.shared.add: what was there before.
+  __device__ T atomic_add(int i, T value) const { return atomicAdd(data_ + i, value); }
+
+ private:
+  T* data_;
+};
+
+template <class T, int kSize>
+struct SharedArray {
+  alignas(16) T data[kSize];
+
+  __device__ Shared<T> view() { return Shared<T>(data); }
+  [[nodiscard]] __device__ T load(int i) { return data[i]; }
+  __device__ void store(int i, T value) { data[i] = value; }
+  template <int N>
+  [[nodiscard]] __device__ Vec<T, N> load_vec(int i) {
+    return view().template load_vec<N>(i);
+  }
+  template <int N>
+  __device__ void store_vec(int i, const Vec<T, N>& value) {
+    view().store_vec(i, value);
+  }
+};
+
+// `n` elements from that byte on; the launch must have asked for that much.
+template <class T>
+__device__ Shared<T> dynamic_shared(int byte_offset, [[maybe_unused]] int n) {
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return Shared<T>(reinterpret_cast<T*>(bytes + byte_offset));
+}
+
+}  // namespace qlora::cuda
