@@ -65,7 +65,14 @@ py::dict build_info() {
   info["isas_available"] = available_isas();
   info["isa"] = qlora::cpu::isa_name();
   info["huge_pages"] = qlora::huge_pages();
+#if defined(QLORA_CUDA_COMPILER)
+  info["cuda"] = "built; used for tensors on a GPU under a CUDA build of torch";
+  info["cuda_compiler"] = QLORA_CUDA_COMPILER;
+  info["cuda_architectures"] = QLORA_CUDA_ARCHITECTURES;
+  info["cuda_ops"] = "quantize, dequantize, scales, adamw; not yet: linear_4bit, qlora_linear";
+#else
   info["cuda"] = "no: this build has no CUDA kernels";
+#endif
   return info;
 }
 

@@ -1,11 +1,23 @@
 #include "device.h"
 
+#include <atomic>
 #include <stdexcept>
 
 #include "../cpu/isa.h"
 #include "qlora_native/runtime.h"
 
+#if defined(QLORA_HAS_CUDA)
+#include "cuda_device.h"
+#endif
+
 namespace qlora {
+namespace {
+
+std::atomic<const Backend*> stand_in{nullptr};
+
+}  // namespace
+
+void serve_host_tensors_by(const Backend* backend) { stand_in.store(backend); }
 
 int num_threads() { return static_cast<int>(::torch::stable::get_num_threads()); }
 
@@ -29,9 +41,17 @@ void torch_pool(std::int64_t n, std::int64_t grain, Context::Body body, void* ar
 
 Device device_of(const Tensor& t) {
   if (t.is_cpu()) {
-    return {cpu::backend(), {.parallel_for = torch_pool, .threads = num_threads()}};
+    const Backend* replaced = stand_in.load(std::memory_order_relaxed);
+    return {replaced != nullptr ? *replaced : cpu::backend(),
+            {.parallel_for = torch_pool, .threads = num_threads()}};
   }
+#if defined(QLORA_HAS_CUDA)
+  if (t.is_cuda()) return cuda_device_of(t);
+  throw std::runtime_error(
+      "qlora_native has no backend for this tensor's device; it serves: cpu, cuda");
+#else
   throw std::runtime_error("qlora_native has no backend for this tensor's device; it serves: cpu");
+#endif
 }
 
 }  // namespace torch_ops

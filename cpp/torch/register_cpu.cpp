@@ -1,25 +1,4 @@
-// The ops for CPU tensors. The entry points are the same for every device (device.h).
-#include "ops.h"
+// The ops for CPU tensors.
+#include "implementations.h"
 
-STABLE_TORCH_LIBRARY_IMPL(qlora_native, CPU, m) {
-  using namespace qlora::torch_ops;
-  m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit));
-  m.impl("quantize_4bit.out", TORCH_BOX(&quantize_4bit_out));
-  m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
-  m.impl("dequantize_4bit.out", TORCH_BOX(&dequantize_4bit_out));
-  m.impl("quantize_8bit", TORCH_BOX(&quantize_8bit));
-  m.impl("quantize_8bit.out", TORCH_BOX(&quantize_8bit_out));
-  m.impl("dequantize_8bit", TORCH_BOX(&dequantize_8bit));
-  m.impl("dequantize_8bit.out", TORCH_BOX(&dequantize_8bit_out));
-  m.impl("quantize_scales", TORCH_BOX(&quantize_scales));
-  m.impl("dequantize_scales", TORCH_BOX(&dequantize_scales));
-
-  m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
-  m.impl("linear_4bit.out", TORCH_BOX(&linear_4bit_out));
-  m.impl("linear_4bit_backward_input", TORCH_BOX(&linear_4bit_backward_input));
-  m.impl("qlora_linear", TORCH_BOX(&qlora_linear));
-  m.impl("qlora_linear_backward", TORCH_BOX(&qlora_linear_backward));
-
-  m.impl("adamw_step", TORCH_BOX(&adamw_step));
-  m.impl("adamw_8bit_step", TORCH_BOX(&adamw_8bit_step));
-}
+STABLE_TORCH_LIBRARY_IMPL(qlora_native, CPU, m) { qlora::torch_ops::implement_all(m); }

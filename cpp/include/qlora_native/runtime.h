@@ -1,6 +1,7 @@
 // What the shared library tells about the process it runs in.
 #pragma once
 
+#include "qlora_native/backend.h"
 #include "qlora_native/export.h"
 
 namespace qlora {
@@ -10,5 +11,8 @@ QLORA_EXPORT int num_threads();
 
 // Whether, and for which outputs, the ops ask for huge pages.
 QLORA_EXPORT const char* huge_pages();
+
+// For tests: CPU tensors go to this backend from now on; null: to the CPU backend again.
+QLORA_EXPORT void serve_host_tensors_by(const Backend* backend);
 
 }  // namespace qlora
