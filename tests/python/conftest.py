@@ -1,6 +1,7 @@
 """Fixtures that every test file may use.
 
-isa           runs the test on each instruction set that this processor has
+isa           runs the test on each instruction set that this processor has and, in modules marked
+              `emulated`, on the CUDA kernels, where the build emulates them (docs/emulation.md)
 threads       runs the test with 1 and with 2 threads
 one_thread    runs the test with 1 thread: tiny models spend their time in waking others
 sentinels     hands out tensors with guarded margins, which are checked when the test ends
@@ -19,6 +20,11 @@ import torch
 
 import qlora_native
 
+try:
+    from qlora_native import _emulation
+except ImportError:  # of a build without QLORA_EMULATION=ON
+    _emulation = None
+
 _AVAILABLE = qlora_native.available_isas()
 _BUILT: list[str] = qlora_native.build_info()["isas_built"]
 # What a test of something else than the kernels asks for, to run each of them once.
@@ -26,10 +32,25 @@ _ONLY_DEFAULT = os.environ.get("QLORA_TEST_ISAS") == "default"
 _ran: Counter[str] = Counter()
 
 
-@pytest.fixture(params=[qlora_native.cpu_isa()] if _ONLY_DEFAULT else _BUILT)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" not in metafunc.fixturenames:
+        return
+    names = [qlora_native.cpu_isa()] if _ONLY_DEFAULT else [*_BUILT]
+    if _emulation is not None and metafunc.definition.get_closest_marker("emulated"):
+        names.append(_emulation.name)
+    metafunc.parametrize("isa", names, indirect=True)
+
+
+@pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of the instruction set that the ops use while the test runs."""
+    """The name of the instruction set, or of the emulated backend, that the ops use in the test."""
     name: str = request.param
+    if _emulation is not None and name == _emulation.name:
+        _ran[name] += 1
+        _emulation.use(True)
+        yield name
+        _emulation.use(False)
+        return
     if name not in _AVAILABLE:
         pytest.skip(f"this processor has no {name}")
     before = qlora_native.cpu_isa()
@@ -103,10 +124,12 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    ran = ", ".join(f"{name} ({_ran[name]} tests)" for name in _BUILT if _ran[name]) or "none"
+    ran = ", ".join(f"{name} ({_ran[name]} tests)" for name in _ran) or "none"
     missing = [name for name in _BUILT if name not in _AVAILABLE]
     terminalreporter.write_sep("-", "instruction sets")
     terminalreporter.write_line(f"ran: {ran}")
+    if _emulation is None:
+        terminalreporter.write_line("not built: cuda-emulated (QLORA_EMULATION=ON)")
     if missing:
         terminalreporter.write_line(f"not on this processor: {', '.join(missing)}")
     terminalreporter.write_line(f"default here: {qlora_native.cpu_isa()}")

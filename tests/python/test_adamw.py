@@ -22,6 +22,8 @@ import qlora_native
 from conftest import Sentinels
 from qlora_native import ops, reference
 
+pytestmark = pytest.mark.emulated
+
 BLOCKSIZE = 256
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = {

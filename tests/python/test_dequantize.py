@@ -11,6 +11,7 @@ from qlora_native import ops, reference
 from quantize_cases import BLOCKSIZES, DTYPES, FORMATS, same_bits
 
 bnb = pytest.importorskip("bitsandbytes.functional")
+pytestmark = pytest.mark.emulated
 
 
 def random_weight(n, blocksize):

@@ -19,6 +19,7 @@ from quantize_cases import (
 )
 
 bnb = pytest.importorskip("bitsandbytes.functional")
+pytestmark = pytest.mark.emulated
 ROUNDINGS = ["nearest", "bitsandbytes_cpu"]
 
 

@@ -1,0 +1,29 @@
+// What the emulator finds wrong with a kernel.
+#pragma once
+
+#include <source_location>
+#include <string>
+
+namespace emulation {
+
+enum class FaultKind {
+  out_of_bounds,  // outside the buffer that the launch declared
+  misaligned,     // a vector access off its own size
+  uninitialised,  // shared memory read before it was written, in this block of threads
+  race,           // shared memory, two threads, no barrier between, one of them writes
+  barrier,        // threads wait at different barriers, or some never come
+  warp,           // lanes wait in different exchanges, or some never come
+  configuration,  // a launch that no GPU would take
+};
+
+const char* name_of(FaultKind kind);
+
+struct Fault {
+  FaultKind kind;
+  std::string text;  // where, which thread, what
+};
+
+// Thrown in the fibre of the thread that is at fault; ends the launch.
+[[noreturn]] void fault(FaultKind kind, const std::source_location& where, const std::string& what);
+
+}  // namespace emulation

@@ -1,0 +1,47 @@
+// qlora_native._emulation: lets the op tests run the CUDA kernels on the emulator, on CPU tensors.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "backend.h"
+#include "counters.h"
+#include "machine.h"
+#include "qlora_native/runtime.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void use(bool on) { qlora::serve_host_tensors_by(on ? &qlora::cuda::backend() : nullptr); }
+
+py::dict counts() {
+  const emulation::Counts& counts = emulation::counters().counts();
+  py::dict result;
+  result["loaded_bytes"] = counts.loaded_bytes;
+  result["loaded_sectors"] = counts.loaded_sectors;
+  result["stored_bytes"] = counts.stored_bytes;
+  result["stored_sectors"] = counts.stored_sectors;
+  result["global_instructions"] = counts.global_instructions;
+  result["shared_instructions"] = counts.shared_instructions;
+  result["bank_conflicts"] = counts.bank_conflicts;
+  return result;
+}
+
+void count(bool on) {
+  emulation::counters().reset();
+  emulation::counters().enable(on);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_emulation, m) {
+  m.doc() = "The CUDA kernels, compiled for the host and run thread by thread (docs/emulation.md).";
+  m.attr("name") = qlora::cuda::backend().name;
+  m.def("use", &use, py::arg("on"),
+        "Serve CPU tensors by the emulated CUDA backend, or no longer.");
+  m.def(
+      "set_seed", [](std::uint64_t seed) { emulation::Machine::instance().set_seed(seed); },
+      py::arg("seed"), "Draw the order in which threads run from this seed; 0: ascending.");
+  m.def("count", &count, py::arg("on"), "Start counting from zero, or stop.");
+  m.def("counts", &counts, "What the launches since then moved (counters.h).");
+}
