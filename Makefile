@@ -4,7 +4,7 @@
 #     make demo     fine-tunes a real model on real text, and shows what changed
 #     make test     runs all tests
 #
-# More: make lint (formats and types), make test-abi (the same wheel under another torch; fetches GBs).
+# More: make test-cuda-build (kernels for all architectures; nightly), make lint (formats and types), make test-abi (the same wheel under another torch; fetches GBs).
 
 PYTHON ?= python3
 # Installed first, so that nothing that follows brings a torch of its own.
@@ -22,15 +22,20 @@ TEST := .venv-test/bin/python
 DEMO := .venv-demo/bin/python
 INSTALL := -m pip install --quiet --no-build-isolation -C cmake.define.QLORA_WERROR=$(QLORA_WERROR)
 
-.PHONY: demo test test-abi lint clean
+.PHONY: demo test test-abi test-cuda-build lint clean
 
 demo: .venv-demo/ready
 	$(DEMO) $(INSTALL) '.[demo]'
 	$(DEMO) -m qlora_native.demo $(DEMO_ARGS)
 
 test: .venv-test/ready
-	$(TEST) $(INSTALL) '.[test]'
+	$(TEST) $(INSTALL) -C cmake.define.QLORA_EMULATION=ON '.[test]'
 	$(TEST) -m pytest -m 'not abi' $(PYTEST_ARGS)
+
+# The CUDA kernels for every architecture, through the compiler's report.
+test-cuda-build: .venv-test/ready
+	QLORA_TEST_CUDA_ARCHITECTURES='75 80 86 89 90a 100a 120a' \
+	    $(TEST) -m pytest tests/python/test_cuda_build.py
 
 test-abi: .venv-test/ready
 	$(TEST) $(INSTALL) '.[test]'
@@ -38,7 +43,7 @@ test-abi: .venv-test/ready
 
 lint: .venv-test/ready
 	$(TEST) $(INSTALL) '.[dev]'
-	.venv-test/bin/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.c')
+	.venv-test/bin/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.c' '*.cuh' '*.cu')
 	$(TEST) -m ruff check .
 	$(TEST) -m ruff format --check .
 	$(TEST) -m mypy

@@ -1,7 +1,7 @@
 """The house rules about who may know whom, read from the sources.
 
 cli, train -> model, nn, optim -> functional -> autograd -> ops -> [dispatcher]
--> cpp/torch -> contract <- cpu
+-> cpp/torch -> contract <- cpu, cuda, emulation
 """
 
 from __future__ import annotations
@@ -102,6 +102,43 @@ def test_intrinsics_stand_only_in_the_simd_vocabularies() -> None:
         if INTRINSIC.search(code) or "immintrin.h" in code or "arm_neon.h" in code:
             offenders.append(path)
     assert not relative(offenders)
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+CUDA = ROOT / "cuda"
+CUDA_SOURCES = sources(CUDA, ".h", ".cuh", ".cu")
+# Launches, PTX, intrinsics, the runtime, raw shared memory: the words of cuda/device.
+DEVICE_WORD = re.compile(
+    r"<<<|\basm\b|\b__(?:shfl|ballot|any|syncthreads|syncwarp|ldg)\w*|\bcuda[A-Z]\w*\s*\(|"
+    r"extern\s+__shared__|\b(?:threadIdx|blockIdx|blockDim|gridDim)\b"
+)
+
+
+def test_the_cuda_backend_knows_only_the_contract() -> None:
+    ours = ("qlora_native/", "device/", "kernels/", "launch/", "backend.h")
+    toolkit = {"cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"}
+    assert len(CUDA_SOURCES) > 20
+    for path in CUDA_SOURCES:
+        allowed = toolkit if path.parent == CUDA / "device" else set()
+        for include in includes(path) - allowed:
+            assert include.startswith(ours) or re.fullmatch(r"[a-z_]+", include), (path, include)
+
+
+def test_only_cuda_device_speaks_to_the_hardware() -> None:
+    assert not relative(
+        [
+            path
+            for path in CUDA_SOURCES
+            if path.parent != CUDA / "device"
+            and DEVICE_WORD.search(re.sub(r"//.*", "", path.read_text()))
+        ]
+    )
+
+
+def test_every_device_header_has_a_twin() -> None:
+    twins = ROOT / "tests" / "emulation" / "device"
+    assert {p.name for p in (CUDA / "device").iterdir()} == {p.name for p in twins.iterdir()}
 
 
 # What the isa_*.cpp files include is compiled with -m flags: a std:: container or algorithm there

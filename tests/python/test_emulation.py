@@ -1,0 +1,227 @@
+"""The emulator (docs/emulation.md): its own tests, faults planted in kernels, what these move."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from emulated_build import EMULATION, KERNELS, compile_object, emulator_objects, link, run
+from qlora_native import ops
+
+emulation = pytest.importorskip(
+    "qlora_native._emulation", reason="not a build with QLORA_EMULATION=ON"
+)
+
+
+def test_the_emulator_finds_what_it_must(tmp_path: Path) -> None:
+    """Its own tests, under AddressSanitizer, which takes the portable switch of fibres too."""
+    sanitize = ("-fsanitize=address,undefined", "-fno-sanitize-recover")
+    for flags in ((), sanitize):
+        objects = emulator_objects(tmp_path, *flags)
+        source = EMULATION / "test_emulator.cpp"
+        objects.append(compile_object(source, tmp_path / "test.o", KERNELS, *flags))
+        assert "0 failures" in run(link(objects, tmp_path / "test", *flags))
+
+
+# ---- faults planted in the kernels ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change to a kernel, the launchers to compile again, and how it must show."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    units: tuple[str, ...]
+    caught_by: str  # the start of the fault, or "digest": other results
+
+
+def mutant(name: str, file: str, old: str, new: str, units: str, caught_by: str) -> Mutant:
+    return Mutant(name, f"kernels/{file}.cuh", old, new, tuple(units.split()), caught_by)
+
+
+QUANTIZE = "quantize_4bit"
+MUTANTS = [
+    mutant("no barrier after the bins", QUANTIZE, "    }\n    sync_block();\n  }\n", "    }\n  }\n",
+           QUANTIZE, "uninitialised"),
+    mutant("no barrier for the warps' maxima", "block_absmax", "    sync_block();\n", "",
+           QUANTIZE, "uninitialised"),
+    mutant("one set of maxima", "block_absmax", "turn * kTileWarps", "0 * turn",
+           QUANTIZE, "race"),
+    mutant("a barrier in a branch", "block_absmax", "    sync_block();\n",
+           "    if (warp_index() > 0) sync_block();\n", QUANTIZE, "uninitialised"),
+    mutant("a vector load of the tail", "tile", "if (aligned && at.whole_warp)", "if (aligned)",
+           QUANTIZE, "out of bounds"),
+    mutant("a view taken for aligned", "tile", "if (aligned && at", "if (at",
+           QUANTIZE, "misaligned"),
+    mutant("absmax by half a warp", "block_absmax", "step < lanes", "step < lanes / 2",
+           QUANTIZE, "digest"),
+    mutant("scale of the next block", "dequantize_4bit", "at.first >> p.log2_blocksize)",
+           "(at.first >> p.log2_blocksize) + 1)", "dequantize_4bit", "out of bounds"),
+    mutant("nibbles the wrong way round", "dequantize_4bit",
+           "i % 2 == 0 ? 4 * i + 4 : 4 * i - 4", "4 * i", "dequantize_4bit", "digest"),
+    mutant("the table without its barrier", "dequantize_4bit",
+           "load_dynamic_map<true>(map);\n  sync_block();", "load_dynamic_map<true>(map);",
+           "dequantize_4bit", "uninitialised"),
+    mutant("a code table one word short", "codes_8bit", "i < CodeTable<kSigned>::kWords",
+           "i < CodeTable<kSigned>::kWords - 1", "quantize_8bit", "uninitialised"),
+    mutant("a limit not inverted", "tables", "if (negative) limit ^= Table::kLowMask;", "",
+           "quantize_8bit", "digest"),
+    mutant("halves the wrong way round", "tile", "octet.value[i] = odd ? got : even_half;",
+           "octet.value[i] = odd ? even_half : got;", QUANTIZE, "digest"),
+    mutant("the mean's tree without barriers", "mean", "    sync_block();\n", "",
+           "quantize_8bit", "uninitialised"),
+    mutant("the mean's tree with one barrier", "mean",
+           "  for (int half = kMeanThreads / 2; half > 0; half /= 2) {\n    sync_block();\n",
+           "  sync_block();\n  for (int half = kMeanThreads / 2; half > 0; half /= 2) {\n",
+           "quantize_8bit", "race"),
+    mutant("a warp leaves before its shuffles", "adamw_8bit",
+           "if (!warp_has_values) continue;", "if (at.count == 0) continue;", "adamw", "divergent"),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Build:
+    objects: dict[str, Path]
+    digest: str
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("unchanged")
+    objects = {path.stem: path for path in emulator_objects(folder)}
+    objects["run"] = compile_object(EMULATION / "run_kernels.cpp", folder / "run.o")
+    for unit in sorted((KERNELS / "launch").glob("*.cu")):
+        objects[unit.stem] = compile_object(unit, folder / f"{unit.stem}.o")
+    digests = run(link([*objects.values()], folder / "run")).split()
+    assert len(digests) == 3 and len(set(digests)) == 1, "three orders of threads give one result"
+    return Build(objects, digests[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_a_planted_fault_is_caught(mutant: Mutant, unchanged: Build, tmp_path: Path) -> None:
+    kernels = tmp_path / "cuda"
+    shutil.copytree(KERNELS, kernels)
+    text = (kernels / mutant.file).read_text()
+    assert mutant.old in text, f"{mutant.file} has changed: plant this fault anew"
+    (kernels / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    changed = [
+        compile_object(kernels / "launch" / f"{unit}.cu", tmp_path / f"{unit}.o", kernels)
+        for unit in mutant.units
+    ]
+    rest = [path for name, path in unchanged.objects.items() if name not in mutant.units]
+    # The changed ones first: of a function that several units have, the linker takes the first.
+    program = link([*changed, *rest], tmp_path / "run")
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
+    if mutant.caught_by == "digest":
+        assert result.returncode == 0 and unchanged.digest not in result.stdout
+    else:
+        assert result.returncode == 1, "ran through"
+        assert result.stdout.splitlines()[-1].startswith(mutant.caught_by)
+
+
+# ---- through the ops -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def emulated():
+    emulation.use(True)
+    yield
+    emulation.count(False)
+    emulation.set_seed(0)
+    emulation.use(False)
+
+
+@pytest.mark.parametrize("blocksize", [64, 4096])
+def test_the_order_of_threads_does_not_matter(emulated, blocksize: int) -> None:
+    x = torch.randn(4096 * 9 + 33, generator=torch.Generator().manual_seed(0))
+    results = []
+    for seed in range(4):
+        emulation.set_seed(seed)
+        results.append(ops.quantize_4bit(x, blocksize))
+    for packed, absmax in results[1:]:
+        assert torch.equal(packed, results[0][0]) and torch.equal(absmax, results[0][1])
+
+
+def test_an_op_without_kernels_says_so(emulated) -> None:
+    packed, absmax = ops.quantize_4bit(torch.randn(64, 64), 64)
+    with pytest.raises(RuntimeError, match="not built for CUDA yet"):
+        ops.linear_4bit(torch.randn(2, 64), packed, absmax, None, None, 64)
+
+
+N = 64 * 4096
+BF16 = torch.bfloat16
+
+
+def _quantize(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    x = torch.randn(N, dtype=dtype)
+    return lambda: ops.quantize_4bit(x, 64), dtype.itemsize + 0.5 + 4 / 64
+
+
+def _dequantize(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    packed, absmax = ops.quantize_4bit(torch.randn(N), 64)
+    return (
+        lambda: ops.dequantize_4bit(packed, absmax, None, None, (N,), dtype=dtype),
+        dtype.itemsize + 0.5 + 4 / 64,
+    )
+
+
+def _dequantize_double() -> tuple[Callable[[], object], float]:
+    packed, absmax = ops.quantize_4bit(torch.randn(N), 64)
+    scales = ops.quantize_scales(absmax)
+    return (
+        lambda: ops.dequantize_4bit(packed, *scales, (N,), dtype=BF16),
+        2 + 0.5 + (1 + 4 / 256) / 64,
+    )
+
+
+def _adamw() -> tuple[Callable[[], object], float]:
+    tensors = [[torch.randn(N)] for _ in range(3)] + [[torch.rand(N)]]
+    return lambda: ops.adamw_step(*tensors, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1, False), 28
+
+
+def _adamw_8bit() -> tuple[Callable[[], object], float]:
+    codes = [torch.randint(256, (N,), dtype=torch.uint8) for _ in range(2)]
+    absmax = [torch.rand(N // 256) for _ in range(2)]
+    lists = [[t] for t in (torch.randn(N), torch.randn(N), *codes, *absmax)]
+    return lambda: ops.adamw_8bit_step(
+        *lists, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1, False
+    ), 16 + 16 / 256
+
+
+# The least that has to cross the bus for a value, and what a kernel may ask for in whole sectors,
+# tables included. Where a scale has one byte for 64 values, a warp asks for the sectors of it, of
+# its nested absmax and of the offset again and again, out of the first-level cache: 0.3 bytes more.
+@pytest.mark.parametrize(
+    ("make", "conflicts"),
+    [
+        pytest.param(lambda: _quantize(torch.float32), 0, id="quantize_4bit float32"),
+        pytest.param(lambda: _quantize(BF16), 0, id="quantize_4bit bfloat16"),
+        pytest.param(lambda: _dequantize(torch.float32), 0, id="dequantize_4bit float32"),
+        pytest.param(lambda: _dequantize(BF16), 0, id="dequantize_4bit bfloat16"),
+        pytest.param(_dequantize_double, None, id="dequantize_4bit double-quantized"),
+        pytest.param(_adamw, 0, id="adamw 32-bit"),
+        pytest.param(_adamw_8bit, None, id="adamw 8-bit"),
+    ],
+)
+def test_kernels_move_little_more_than_they_must(emulated, make, conflicts, capsys) -> None:
+    torch.manual_seed(0)
+    op, least = make()
+    emulation.count(True)
+    op()
+    counts = emulation.counts()
+    moved = 32 * (counts["loaded_sectors"] + counts["stored_sectors"]) / N
+    with capsys.disabled():
+        print(f"  {moved:.3f} bytes a value, least {least:.3f}: {moved / least:.3f}; {counts}")
+    assert moved <= 1.05 * least + (0.3 if make is _dequantize_double else 0.0)
+    if conflicts is not None:
+        assert counts["bank_conflicts"] <= conflicts
