@@ -184,36 +184,49 @@ def _dequantize_double() -> tuple[Callable[[], object], float]:
     )
 
 
+HYPER = {
+    "lr": 1e-3,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "step": 1,
+    "maximize": False,
+}
+
+
 def _adamw() -> tuple[Callable[[], object], float]:
-    tensors = [[torch.randn(N)] for _ in range(3)] + [[torch.rand(N)]]
-    return lambda: ops.adamw_step(*tensors, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1, False), 28
+    lists = [[torch.rand(N)] for _ in range(4)]
+    return lambda: ops.adamw_step(*lists, **HYPER), 28
 
 
 def _adamw_8bit() -> tuple[Callable[[], object], float]:
     codes = [torch.randint(256, (N,), dtype=torch.uint8) for _ in range(2)]
     absmax = [torch.rand(N // 256) for _ in range(2)]
     lists = [[t] for t in (torch.randn(N), torch.randn(N), *codes, *absmax)]
-    return lambda: ops.adamw_8bit_step(
-        *lists, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1, False
-    ), 16 + 16 / 256
+    return lambda: ops.adamw_8bit_step(*lists, **HYPER), 16 + 16 / 256
 
 
-# The least that has to cross the bus for a value, and what a kernel may ask for in whole sectors,
-# tables included. Where a scale has one byte for 64 values, a warp asks for the sectors of it, of
-# its nested absmax and of the offset again and again, out of the first-level cache: 0.3 bytes more.
+# The least that has to cross the bus for a value, and what a kernel may ask for in whole sectors:
+# 1.05 times that and, in two kernels, `cached` bytes a value more, mostly out of a cache.
+# Double-quantized: a warp asks for sectors of one-byte scales, of nested absmax and of the offset.
+# 8-bit AdamW: a warp has one absmax of each moment, and the 25.6 kB of tables that a block of
+# threads sets up once are shared by 32,768 values here, by millions in a model.
 @pytest.mark.parametrize(
-    ("make", "conflicts"),
+    ("make", "cached", "conflicts"),
     [
-        pytest.param(lambda: _quantize(torch.float32), 0, id="quantize_4bit float32"),
-        pytest.param(lambda: _quantize(BF16), 0, id="quantize_4bit bfloat16"),
-        pytest.param(lambda: _dequantize(torch.float32), 0, id="dequantize_4bit float32"),
-        pytest.param(lambda: _dequantize(BF16), 0, id="dequantize_4bit bfloat16"),
-        pytest.param(_dequantize_double, None, id="dequantize_4bit double-quantized"),
-        pytest.param(_adamw, 0, id="adamw 32-bit"),
-        pytest.param(_adamw_8bit, None, id="adamw 8-bit"),
+        pytest.param(lambda: _quantize(torch.float32), 0, 0, id="quantize_4bit float32"),
+        pytest.param(lambda: _quantize(BF16), 0, 0, id="quantize_4bit bfloat16"),
+        pytest.param(lambda: _dequantize(torch.float32), 0, 0, id="dequantize_4bit float32"),
+        pytest.param(lambda: _dequantize(BF16), 0, 0, id="dequantize_4bit bfloat16"),
+        pytest.param(_dequantize_double, 0.3, None, id="dequantize_4bit double-quantized"),
+        pytest.param(_adamw, 0, 0, id="adamw 32-bit"),
+        pytest.param(_adamw_8bit, 0.5, None, id="adamw 8-bit"),
     ],
 )
-def test_kernels_move_little_more_than_they_must(emulated, make, conflicts, capsys) -> None:
+def test_kernels_move_little_more_than_they_must(
+    emulated, make, cached: float, conflicts: int | None, capsys
+) -> None:
     torch.manual_seed(0)
     op, least = make()
     emulation.count(True)
@@ -222,6 +235,6 @@ def test_kernels_move_little_more_than_they_must(emulated, make, conflicts, caps
     moved = 32 * (counts["loaded_sectors"] + counts["stored_sectors"]) / N
     with capsys.disabled():
         print(f"  {moved:.3f} bytes a value, least {least:.3f}: {moved / least:.3f}; {counts}")
-    assert moved <= 1.05 * least + (0.3 if make is _dequantize_double else 0.0)
+    assert moved <= 1.05 * least + cached
     if conflicts is not None:
-        assert counts["bank_conflicts"] <= conflicts
+        assert counts["bank_conflicts"] == conflicts
