@@ -70,5 +70,7 @@ def test_no_kernel_spills_or_uses_local_memory(
     assert kernels or unit.stem == "backend", "ptxas reported no kernel"
     for kernel in kernels:
         most = MOST_REGISTERS.get(kernel.kernel, MOST_REGISTERS_OF_TILES)
+        if architecture == "75":  # holds 1024 threads at most: all of them, at 64 registers
+            most = 64
         assert kernel.spilled == 0 and kernel.stack == 0, kernel
         assert kernel.registers <= most, kernel
