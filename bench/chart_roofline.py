@@ -77,13 +77,19 @@ def _roofs(axes: Axes, limits: dict[str, Any], left: float, right: float) -> lis
     return handles
 
 
+def _op(row: dict[str, Any]) -> str:
+    """A case's name begins with it (bench/case.py)."""
+    name: str = row["case"]
+    return name.split(",")[0]
+
+
 def _points(axes: Axes, rows: list[dict[str, Any]]) -> list[Line2D]:
     """The points, and what the legend says of their markers and colours."""
-    markers = dict(zip(dict.fromkeys(row["op"] for row in rows), _MARKERS * 4, strict=False))
+    markers = dict(zip(dict.fromkeys(_op(row) for row in rows), _MARKERS * 4, strict=False))
     for row in rows:
         rate = row["flops"] / row["contenders"][OURS]["best_seconds"] / 1e9
         axes.plot(
-            _intensity(row), rate, markers[row["op"]], color=colour_of(row["isa"]), ms=6,
+            _intensity(row), rate, markers[_op(row)], color=colour_of(row["isa"]), ms=6,
             markeredgecolor="white", markeredgewidth=0.6,
         )  # fmt: skip
     isas = dict.fromkeys(row["isa"] for row in rows)

@@ -70,7 +70,6 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {
             "case": row.case.name,
-            "op": row.case.op,
             "where": row.case.where,
             "m": row.case.m,
             "dtype": dtype_name(row.case.dtype),

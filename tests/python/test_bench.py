@@ -105,3 +105,12 @@ def test_budget_ends() -> None:
     assert not budget.goes_on(rounds=7, seconds=3.0)
     assert budget.goes_on(rounds=59, seconds=2.9)
     assert not budget.goes_on(rounds=60, seconds=0.1)
+
+
+def test_the_committed_report_can_be_drawn_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.charts", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert {path.name for path in tmp_path.glob("*.png")} <= {
+        path.name for path in (ROOT / "docs" / "images").glob("*.png")
+    }
