@@ -13,8 +13,8 @@
 
 #include "adamw_update_inl.h"
 #include "codes_8bit_inl.h"
-#include "dispatch.h"
 #include "qlora_native/backend.h"
+#include "qlora_native/dispatch.h"
 #include "qlora_native/layout.h"
 #include "tensor_spans.h"
 

@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #include "adamw_update_inl.h"
-#include "dispatch.h"
 #include "qlora_native/backend.h"
+#include "qlora_native/dispatch.h"
 #include "tensor_spans.h"
 
 namespace qlora::cpu {

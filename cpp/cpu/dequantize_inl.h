@@ -7,9 +7,9 @@
 #include "cache.h"
 #include "codes_8bit_inl.h"
 #include "decode_inl.h"
-#include "dispatch.h"
 #include "parallel.h"
 #include "qlora_native/backend.h"
+#include "qlora_native/dispatch.h"
 #include "qlora_native/layout.h"
 
 namespace qlora::cpu {
@@ -103,14 +103,7 @@ Status dequantize_8bit(const Dequantize8bitParams& p, const Context& context) {
 
 template <class V>
 Status dequantize_scales(const DequantizeScalesParams& p, const Context& context) {
-  const Dequantize8bitParams blocks{.n = p.n,
-                                    .blocksize = kNestedBlocksize,
-                                    .is_signed = true,
-                                    .codes = p.scales.absmax_q8,
-                                    .absmax = p.scales.nested_absmax,
-                                    .dtype = DType::float32,
-                                    .out = p.absmax};
-  decode_8bit_blocks<V, true, true>(blocks, *p.scales.nested_offset, context);
+  decode_8bit_blocks<V, true, true>(p.as_8bit(), *p.scales.nested_offset, context);
   return {};
 }
 

@@ -96,7 +96,7 @@ class GemmRun {
       started |= add_segment<Product::fp32>(segment, rows, cols, started);
       if (segment.mask_after.active && started) mask_block(segment.mask_after, rows, cols);
     }
-    dispatch_dtype(output_.dtype, [&]<class T>() { write_block<T>(rows, cols, started); });
+    with_type(output_.dtype, [&]<class T>() { write_block<T>(rows, cols, started); });
   }
 
   // False where the segment's depth is 0: the block then holds nothing new.

@@ -14,8 +14,8 @@
 #include <cstring>
 
 #include "dropout_inl.h"
-#include "dtype_dispatch.h"
 #include "gemm_tile_inl.h"
+#include "qlora_native/dispatch.h"
 #include "qlora_native/types.h"
 
 namespace qlora::cpu {
@@ -51,7 +51,7 @@ template <class V>
 void pack_operand(const Operand& operand, std::int64_t row, std::int64_t rows,
                   std::int64_t depth_begin, std::int64_t depth, float* block) {
   constexpr std::int64_t kStride = Gemm<V>::kOperandStride;
-  dispatch_dtype(operand.dtype, [&]<class T>() {
+  with_type(operand.dtype, [&]<class T>() {
     for (std::int64_t i = 0; i < rows; ++i) {
       const T* from = static_cast<const T*>(operand.data) + (row + i) * operand.row_stride +
                       depth_begin * operand.depth_stride;

@@ -12,9 +12,9 @@
 
 #include "decode_inl.h"
 #include "dropout_inl.h"
-#include "dtype_dispatch.h"
 #include "gemm_panels_4bit_inl.h"
 #include "gemm_tile_inl.h"
+#include "qlora_native/dispatch.h"
 
 namespace qlora::cpu {
 
@@ -44,7 +44,7 @@ void read_row(const Source& source, std::int64_t row, std::int64_t first, std::i
     decode_run<V>(*source.weight, row * source.weight->cols + first, count, scratch);
     return read(scratch, as_it_is);
   }
-  dispatch_dtype(source.dtype, [&]<class T>() {
+  with_type(source.dtype, [&]<class T>() {
     const T* from = static_cast<const T*>(source.data) + row * source.row_stride + first;
     if (!source.dropout.active) return read(from, as_it_is);
     const DropoutRow<V> mask(source.dropout, row);

@@ -14,9 +14,9 @@
 
 #include "decode_inl.h"
 #include "dropout_inl.h"
-#include "dtype_dispatch.h"
 #include "gemv_words_inl.h"
 #include "parallel.h"
+#include "qlora_native/dispatch.h"
 #include "qlora_native/layout.h"
 #include "qlora_native/params.h"
 #include "row_scales_inl.h"
@@ -147,7 +147,7 @@ class GemvRun {
         per_thread_(u_scaled_ + layout_.u_size) {}
 
   void run(const Context& context) {
-    dispatch_dtype(p_.dtype, [&]<class T>() { this->template read_x<T>(); });
+    with_type(p_.dtype, [&]<class T>() { this->template read_x<T>(); });
     if (branch_.lora != nullptr) compute_u(context);
     const std::int64_t n = p_.weight.rows;
     // Below some 2^17 products another thread costs more than it takes over.
@@ -211,7 +211,7 @@ class GemvRun {
     const std::int64_t k = p_.weight.cols;
     const std::int64_t least_ranks = (std::int64_t{1} << 16) / (k + 1) + 1;
     for (std::int64_t i = 0; i < layout_.u_size; ++i) u_scaled_[i] = 0.0f;
-    dispatch_dtype(lora.dtype, [&]<class T>() {
+    with_type(lora.dtype, [&]<class T>() {
       parallel_for(context, lora.r, least_ranks, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t r = begin; r < end; ++r) {
           typename V::F sum[kM];
@@ -263,12 +263,12 @@ class GemvRun {
   void finish_row(std::int64_t n, typename V::F (&sum)[kM]) {
     if (branch_.lora != nullptr) {
       const std::int64_t r = branch_.lora->r;
-      dispatch_dtype(branch_.lora->dtype, [&]<class T>() {
+      with_type(branch_.lora->dtype, [&]<class T>() {
         dot_dense<V, kM>(static_cast<const T*>(branch_.lora->b) + n * r, r, u_scaled_,
                          layout_.r_padded, sum);
       });
     }
-    dispatch_dtype(p_.dtype, [&]<class T>() {
+    with_type(p_.dtype, [&]<class T>() {
       const float bias = p_.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p_.bias)[n]);
       T* out = static_cast<T*>(p_.out) + n;
       for (int m = 0; m < kM; ++m) {

@@ -143,7 +143,7 @@ Status qlora_linear_backward(const QloraLinearBackwardParams& p, const Context& 
   if (status.ok() && p.grad_a != nullptr) status = qlora_grad_a<V>(p, g, dropout, context);
   if (status.ok() && p.grad_b != nullptr) status = qlora_grad_b<V>(p, context);
   if (status.ok() && p.grad_bias != nullptr) {
-    dispatch_dtype(p.dtype, [&]<class T>() {
+    with_type(p.dtype, [&]<class T>() {
       column_sums<V, T>(static_cast<const T*>(p.grad_out), p.m, n, context,
                         static_cast<T*>(p.grad_bias));
     });

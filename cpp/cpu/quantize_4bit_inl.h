@@ -18,14 +18,13 @@
 #include <cstring>
 #include <type_traits>
 
-#include "dispatch.h"
 #include "parallel.h"
 #include "qlora_native/backend.h"
+#include "qlora_native/dispatch.h"
 #include "qlora_native/layout.h"
 
 namespace qlora::cpu {
 
-inline constexpr float kSmallestDivisor = 1e-38f;
 inline constexpr int kChunk = 32;  // values whose codes are packed together; the smallest block
 
 // V::count_below_binned needs it of a format's midpoints (simd_scalar.h).

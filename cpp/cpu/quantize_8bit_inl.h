@@ -18,9 +18,9 @@
 #include <cstdint>
 
 #include "codes_8bit_inl.h"
-#include "dispatch.h"
 #include "parallel.h"
 #include "qlora_native/backend.h"
+#include "qlora_native/dispatch.h"
 #include "qlora_native/layout.h"
 #include "quantize_4bit_inl.h"
 
@@ -133,15 +133,7 @@ float mean(const float* x, std::int64_t n) {
 template <class V>
 Status quantize_scales(const QuantizeScalesParams& p, const Context& context) {
   *p.nested_offset = p.offset != nullptr ? *p.offset : mean<V>(p.absmax, p.n);
-  const Quantize8bitParams blocks{.n = p.n,
-                                  .blocksize = kNestedBlocksize,
-                                  .is_signed = true,
-                                  .rounding = p.rounding,
-                                  .dtype = DType::float32,
-                                  .x = p.absmax,
-                                  .codes = p.absmax_q8,
-                                  .absmax = p.nested_absmax};
-  encode_8bit_blocks<V, true>(blocks, *p.nested_offset, context);
+  encode_8bit_blocks<V, true>(p.as_8bit(), *p.nested_offset, context);
   return {};
 }
 

@@ -29,10 +29,9 @@
 #include "kernels/block_absmax.cuh"
 #include "kernels/tile.cuh"
 #include "qlora_native/format.h"
+#include "qlora_native/layout.h"
 
 namespace qlora::cuda {
-
-inline constexpr float kSmallestDivisor = 1e-38f;
 
 struct alignas(8) Bin {
   float limit;  // the bin's midpoint, or infinity

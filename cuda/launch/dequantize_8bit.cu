@@ -1,8 +1,8 @@
 // dequantize_8bit, and dequantize_scales, which adds the offset.
 #include "kernels/dequantize_8bit.cuh"
-#include "launch/dispatch.h"
 #include "launch/launchers.h"
 #include "launch/tiles.h"
+#include "qlora_native/dispatch.h"
 
 namespace qlora::cuda {
 namespace {
@@ -32,14 +32,7 @@ Status dequantize_8bit(const Dequantize8bitParams& p, const Context& context) {
 }
 
 Status dequantize_scales(const DequantizeScalesParams& p, const Context& context) {
-  const Dequantize8bitParams blocks{.n = p.n,
-                                    .blocksize = kNestedBlocksize,
-                                    .is_signed = true,
-                                    .codes = p.scales.absmax_q8,
-                                    .absmax = p.scales.nested_absmax,
-                                    .dtype = DType::float32,
-                                    .out = p.absmax};
-  return run<float, true, true>(blocks, p.scales.nested_offset, context);
+  return run<float, true, true>(p.as_8bit(), p.scales.nested_offset, context);
 }
 
 }  // namespace qlora::cuda

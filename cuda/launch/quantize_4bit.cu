@@ -1,7 +1,7 @@
 #include "kernels/quantize_4bit.cuh"
-#include "launch/dispatch.h"
 #include "launch/launchers.h"
 #include "launch/tiles.h"
+#include "qlora_native/dispatch.h"
 
 namespace qlora::cuda {
 namespace {

@@ -1,14 +1,12 @@
 // quantize_8bit, and quantize_scales, which is the same on absmax less its mean.
 #include "kernels/mean.cuh"
 #include "kernels/quantize_8bit.cuh"
-#include "launch/dispatch.h"
 #include "launch/launchers.h"
 #include "launch/tiles.h"
+#include "qlora_native/dispatch.h"
 
 namespace qlora::cuda {
 namespace {
-
-inline constexpr float kSmallestDivisor8bit = 1e-38f;
 
 template <class T>
 Quantize8bitArguments<T> arguments_of(const Quantize8bitParams& p, const float* offset) {
@@ -18,7 +16,7 @@ Quantize8bitArguments<T> arguments_of(const Quantize8bitParams& p, const float* 
                              .x_aligned = false,
                              .codes_aligned = false,
                              .has_offset = offset != nullptr,
-                             .smallest_divisor = nearest ? kSmallestDivisor8bit : 0.0f,
+                             .smallest_divisor = nearest ? kSmallestDivisor : 0.0f,
                              .x = {static_cast<const T*>(p.x), p.n},
                              .offset = {offset, offset != nullptr ? 1 : 0},
                              .codes = {p.codes, p.n},
@@ -57,17 +55,10 @@ Status quantize_scales(const QuantizeScalesParams& p, const Context& context) {
   const Status status =
       launch(mean_kernel, {.grid = 1, .block = kMeanThreads, .stream = context.stream}, mean);
   if (!status.ok()) return status;
-  const Quantize8bitParams blocks{.n = p.n,
-                                  .blocksize = kNestedBlocksize,
-                                  .is_signed = true,
-                                  .rounding = p.rounding,
-                                  .dtype = DType::float32,
-                                  .x = p.absmax,
-                                  .codes = p.absmax_q8,
-                                  .absmax = p.nested_absmax};
   return p.rounding == CodeRounding::nearest
-             ? run<float, true, CodeRounding::nearest>(blocks, p.nested_offset, context)
-             : run<float, true, CodeRounding::bitsandbytes_cpu>(blocks, p.nested_offset, context);
+             ? run<float, true, CodeRounding::nearest>(p.as_8bit(), p.nested_offset, context)
+             : run<float, true, CodeRounding::bitsandbytes_cpu>(p.as_8bit(), p.nested_offset,
+                                                                context);
 }
 
 }  // namespace qlora::cuda

@@ -17,6 +17,9 @@ inline constexpr std::int64_t kNestedBlocksize = 256;
 // The blockwise 8-bit optimizer state has one absmax for this many values, as bitsandbytes has.
 inline constexpr std::int64_t kOptimizerBlocksize = 256;
 
+// Values are divided by their block's absmax, or by this where it is smaller.
+inline constexpr float kSmallestDivisor = 1e-38f;
+
 inline constexpr std::int64_t kMinBlocksize = 32;
 inline constexpr std::int64_t kMaxBlocksize = 4096;
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "qlora_native/format.h"
+#include "qlora_native/layout.h"
 #include "qlora_native/types.h"
 
 namespace qlora {
@@ -88,12 +89,35 @@ struct QuantizeScalesParams {
   std::uint8_t* absmax_q8;        // [n] out
   float* nested_absmax;           // [ceil(n/256)] out
   float* nested_offset;           // [1] out, what was subtracted
+
+  // The same as 8-bit quantization, but for what is subtracted.
+  [[nodiscard]] constexpr Quantize8bitParams as_8bit() const {
+    return {.n = n,
+            .blocksize = kNestedBlocksize,
+            .is_signed = true,
+            .rounding = rounding,
+            .dtype = DType::float32,
+            .x = absmax,
+            .codes = absmax_q8,
+            .absmax = nested_absmax};
+  }
 };
 
 struct DequantizeScalesParams {
   std::int64_t n;
   Scales scales;  // double-quantized
   float* absmax;  // [n] out
+
+  // The same as 8-bit dequantization, but for the offset, which is added.
+  [[nodiscard]] constexpr Dequantize8bitParams as_8bit() const {
+    return {.n = n,
+            .blocksize = kNestedBlocksize,
+            .is_signed = true,
+            .codes = scales.absmax_q8,
+            .absmax = scales.nested_absmax,
+            .dtype = DType::float32,
+            .out = absmax};
+  }
 };
 
 // ---- linear

@@ -6,10 +6,10 @@
 
 #include "qlora_native/types.h"
 
-namespace qlora::cuda {
+namespace qlora {
 
 template <class Fn>
-decltype(auto) with_type(DType dtype, const Fn& fn) {
+decltype(auto) with_type(DType dtype, Fn&& fn) {
   switch (dtype) {
     case DType::float16:
       return fn.template operator()<Float16>();
@@ -22,8 +22,8 @@ decltype(auto) with_type(DType dtype, const Fn& fn) {
 }
 
 template <class Fn>
-decltype(auto) with_flag(bool flag, const Fn& fn) {
+decltype(auto) with_flag(bool flag, Fn&& fn) {
   return flag ? fn.template operator()<true>() : fn.template operator()<false>();
 }
 
-}  // namespace qlora::cuda
+}  // namespace qlora
