@@ -6,6 +6,8 @@ dequantize_4bit refuses its out= on a CPU), so those rows have ours alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -60,12 +62,7 @@ def quantize_fresh(shape: Shape, dtype: torch.dtype, compiled: bool) -> Contende
         quantize = torch.compile(_to_nf4)
         return lambda: quantize(x)
 
-    contenders: Contenders = {OURS: ours}
-    if installed("bitsandbytes"):
-        contenders["bitsandbytes"] = bitsandbytes
-    if compiled and installed("torchao"):
-        contenders[f"torchao{COMPILED}"] = torchao
-    return contenders
+    return _those_installed(ours, bitsandbytes, torchao if compiled else None)
 
 
 def dequantize_reusing(shape: Shape, dtype: torch.dtype) -> Contenders:
@@ -95,12 +92,7 @@ def dequantize_fresh(shape: Shape, dtype: torch.dtype, compiled: bool) -> Conten
         dequantize = torch.compile(_from_nf4)
         return lambda: dequantize(weight)
 
-    contenders: Contenders = {OURS: ours}
-    if installed("bitsandbytes"):
-        contenders["bitsandbytes"] = bitsandbytes
-    if compiled and installed("torchao"):
-        contenders[f"torchao{COMPILED}"] = torchao
-    return contenders
+    return _those_installed(ours, bitsandbytes, torchao if compiled else None)
 
 
 def quantize_8bit_fresh(shape: Shape) -> Contenders:
@@ -114,7 +106,7 @@ def quantize_8bit_fresh(shape: Shape) -> Contenders:
         x = matrix(shape, torch.float32)
         return lambda: bnb.quantize_blockwise(x, blocksize=BLOCKSIZE_8BIT)
 
-    return {OURS: ours, **({"bitsandbytes": bitsandbytes} if installed("bitsandbytes") else {})}
+    return _those_installed(ours, bitsandbytes)
 
 
 def dequantize_8bit_fresh(shape: Shape) -> Contenders:
@@ -130,7 +122,20 @@ def dequantize_8bit_fresh(shape: Shape) -> Contenders:
         )
         return lambda: bnb.dequantize_blockwise(codes, state)
 
-    return {OURS: ours, **({"bitsandbytes": bitsandbytes} if installed("bitsandbytes") else {})}
+    return _those_installed(ours, bitsandbytes)
+
+
+def _those_installed(
+    ours: Callable[[], Call],
+    bitsandbytes: Callable[[], Call],
+    torchao: Callable[[], Call] | None = None,
+) -> Contenders:
+    contenders: Contenders = {OURS: ours}
+    if installed("bitsandbytes"):
+        contenders["bitsandbytes"] = bitsandbytes
+    if torchao is not None and installed("torchao"):
+        contenders[f"torchao{COMPILED}"] = torchao
+    return contenders
 
 
 def _quantized(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
