@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_native.model import lora_layers, quantize
+
 
 class Mlp(nn.Module):
     """Two blocks of two linears between an embedding and a head; transformers is not needed."""
@@ -55,3 +57,27 @@ def tiny_llama(**changes: Any) -> nn.Module:
 
 def some_ids(rows: int = 2, length: int = 12, vocabulary: int = 128) -> torch.Tensor:
     return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+LLAMA_LINEARS = [
+    f"model.layers.{i}.{name}"
+    for i in range(2)
+    for name in (
+        *(f"self_attn.{p}_proj" for p in "qkvo"),
+        *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+    )
+]
+
+
+def quantized_mlp(**options):
+    torch.manual_seed(0)
+    model = Mlp()
+    quantize(model, **options)
+    return model
+
+
+def shake_adapters(model, std=0.05):
+    """Adapters that do something: lora_B is zero at first."""
+    torch.manual_seed(7)
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B, std=std)
