@@ -76,9 +76,26 @@ class Global {
     using W = typename detail::Word<sizeof(value)>::type;
     *reinterpret_cast<W*>(data_ + i) = std::bit_cast<W>(value);
   }
+  // atom.global.add, relaxed: what was there before. For tickets and counts: the order in which
+  // threads come is open, so sums of floats would not be the same in every run.
+  __device__ Value atomic_add(std::int64_t i, Value value) const {
+    static_assert(std::is_integral_v<T>);
+    return atomicAdd(data_ + i, value);
+  }
+
+  // Of element i: for the words of cuda/device alone.
+  [[nodiscard]] __device__ T* address(std::int64_t i) const { return data_ + i; }
 
  private:
   T* data_ = nullptr;
 };
+
+// fence.acq_rel.gpu: orders this thread's accesses, and those it has seen, before those that
+// follow, for threads of other blocks too. A block hands its stores to another so:
+//
+//   stores; sync_block(); in one thread: fence_gpu(), tickets.atomic_add(0, 1), fence_gpu();
+//   sync_block(); the block that drew the last ticket loads what the others stored, by a Global
+//   whose type is not const.
+__device__ inline void fence_gpu() { __threadfence(); }
 
 }  // namespace qlora::cuda

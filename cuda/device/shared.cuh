@@ -28,6 +28,11 @@ class Shared {
   // atom.shared.add: what was there before.
   __device__ T atomic_add(int i, T value) const { return atomicAdd(data_ + i, value); }
 
+  // Of element i in shared memory's own address space: for the words of cuda/device alone.
+  [[nodiscard]] __device__ std::uint32_t address(int i) const {
+    return static_cast<std::uint32_t>(__cvta_generic_to_shared(data_ + i));
+  }
+
  private:
   T* data_;
 };

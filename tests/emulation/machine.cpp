@@ -37,6 +37,8 @@ const char* name_of(FaultKind kind) {
       return "uninitialised shared memory";
     case FaultKind::race:
       return "race on shared memory";
+    case FaultKind::in_flight:
+      return "in flight";
     case FaultKind::barrier:
       return "divergent barrier";
     case FaultKind::warp:
@@ -92,6 +94,7 @@ void Machine::begin_block() {
     slot->index = i;
     slot->done = false;
     slot->waits_at = nullptr;
+    slot->copies = {};
     slot->fibre.start(&Machine::thread_main, slot.get());
     ++warps_[static_cast<std::size_t>(i / kWarpSize)].lanes;
   }
@@ -168,7 +171,8 @@ void Machine::release_block() {
   make_ready(0, static_cast<std::size_t>(launch_.block));
 }
 
-void Machine::meet_warp(const char* what, bool ordered, const std::source_location& where) {
+void Machine::meet_warp(const char* what, bool ordered, Together together,
+                        const std::source_location& where) {
   const auto index = static_cast<std::size_t>(thread().index / kWarpSize);
   Warp& w = warps_[index];
   if (w.arrived > 0 && (!same_place(w.where, where) || w.what != what)) {
@@ -182,6 +186,7 @@ void Machine::meet_warp(const char* what, bool ordered, const std::source_locati
   w.what = what;
   w.where = where;
   w.ordered = ordered;
+  w.together = together;
   if (++w.arrived == w.lanes) release_warp(index);
   wait(what, where);
 }
@@ -201,6 +206,11 @@ void Machine::release_warp(std::size_t index) {
   for (std::size_t i = first; i < last; ++i) {
     if (threads_[i]->offered != 0) w.ballot |= std::uint32_t{1} << (i - first);
   }
+  if (w.together != nullptr) {
+    std::array<void*, kWarpSize> operands{};
+    for (std::size_t i = first; i < last; ++i) operands[i - first] = threads_[i]->operands;
+    w.together(operands);
+  }
   w.arrived = 0;
   if (w.ordered) ++w.epoch;
   make_ready(first, last);
@@ -208,22 +218,32 @@ void Machine::release_warp(std::size_t index) {
 
 void Machine::sync_warp(const std::source_location& where) {
   thread().source = kNoSource;
-  meet_warp("a barrier of the warp", true, where);
+  meet_warp("a barrier of the warp", true, nullptr, where);
 }
 
 std::uint64_t Machine::exchange(std::uint64_t value, int source_lane,
                                 const std::source_location& where) {
   thread().offered = value;
   thread().source = source_lane & (kWarpSize - 1);
-  meet_warp("a shuffle", false, where);
+  meet_warp("a shuffle", false, nullptr, where);
   return thread().received;
 }
 
 std::uint32_t Machine::ballot(bool predicate, const std::source_location& where) {
   thread().offered = predicate ? 1 : 0;
   thread().source = kNoSource;
-  meet_warp("a vote", false, where);
+  meet_warp("a vote", false, nullptr, where);
   return warp().ballot;
+}
+
+void Machine::together(const char* what, void* operands, Together instruction,
+                       const std::source_location& where) {
+  if (warp().lanes < kWarpSize) {
+    fault(FaultKind::warp, where, std::string(what) + " needs 32 lanes, and some are not there");
+  }
+  thread().operands = operands;
+  thread().source = kNoSource;
+  meet_warp(what, false, instruction, where);
 }
 
 Fault Machine::stuck() const {

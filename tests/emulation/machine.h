@@ -15,6 +15,7 @@
 #include <source_location>
 #include <vector>
 
+#include "copies.h"
 #include "fault.h"
 #include "fibre.h"
 
@@ -37,7 +38,12 @@ struct Thread {
   std::uint64_t offered = 0;
   int source = 0;
   std::uint64_t received = 0;
+  void* operands = nullptr;  // of an instruction of the whole warp
+  AsyncCopies copies;
 };
+
+// What such an instruction does, given the operands of lane 0 to 31, once all lanes are there.
+using Together = void (*)(const std::array<void*, kWarpSize>& operands);
 
 // A lane that takes part without taking a value (a vote, a barrier of the warp).
 inline constexpr int kNoSource = -1;
@@ -50,6 +56,7 @@ struct Warp {
   const char* what = nullptr;
   std::source_location where;
   std::uint32_t ballot = 0;
+  Together together = nullptr;
 };
 
 struct Launch {
@@ -83,6 +90,9 @@ class Machine {
   void sync_warp(const std::source_location& where);
   std::uint64_t exchange(std::uint64_t value, int source_lane, const std::source_location& where);
   std::uint32_t ballot(bool predicate, const std::source_location& where);
+  // An instruction of all 32 lanes, each with operands of its own, which it finds changed after.
+  void together(const char* what, void* operands, Together instruction,
+                const std::source_location& where);
 
  private:
   static void thread_main(void* self);
@@ -90,7 +100,8 @@ class Machine {
   void begin_block();
   void end_thread(Thread& thread);
   void release_block();
-  void meet_warp(const char* what, bool ordered, const std::source_location& where);
+  void meet_warp(const char* what, bool ordered, Together together,
+                 const std::source_location& where);
   void release_warp(std::size_t warp);
   void make_ready(std::size_t first, std::size_t last);
   void wait(const char* what, const std::source_location& where);

@@ -39,8 +39,17 @@ bool reads_are_ordered(const Cell& cell, const Clock& clock) {
 
 std::string element(std::ptrdiff_t index) { return "element " + std::to_string(index); }
 
+void refuse_in_flight(const Cell& cell, std::ptrdiff_t index, const Clock& clock,
+                      const std::source_location& where) {
+  if (cell.block == clock.block && cell.in_flight) {
+    fault(FaultKind::in_flight, where,
+          element(index) + " awaits an asynchronous copy of thread " + std::to_string(cell.writer));
+  }
+}
+
 void write(Cell& cell, std::ptrdiff_t index, const std::source_location& where, bool atomic) {
   const Clock clock = now();
+  refuse_in_flight(cell, index, clock, where);
   const bool written = cell.block == clock.block;
   const bool both_atomic = atomic && cell.atomic;
   if (written && !both_atomic && !write_is_ordered(cell, clock)) {
@@ -57,6 +66,7 @@ void write(Cell& cell, std::ptrdiff_t index, const std::source_location& where, 
   cell.write_epoch = clock.epoch;
   cell.write_warp_epoch = clock.warp_epoch;
   cell.atomic = atomic;
+  cell.in_flight = false;
 }
 
 }  // namespace
@@ -66,6 +76,7 @@ void note_read(Cell& cell, std::ptrdiff_t index, const std::source_location& whe
   if (cell.block != clock.block) {
     fault(FaultKind::uninitialised, where, element(index) + " was never written");
   }
+  refuse_in_flight(cell, index, clock, where);
   if (!write_is_ordered(cell, clock)) {
     fault(FaultKind::race, where,
           element(index) + " was written by thread " + std::to_string(cell.writer) +
@@ -93,6 +104,18 @@ void note_atomic(Cell& cell, std::ptrdiff_t index, const std::source_location& w
     fault(FaultKind::uninitialised, where, element(index) + " was never written");
   }
   write(cell, index, where, true);
+}
+
+void note_copy(Cell& cell, std::ptrdiff_t index, const std::source_location& where) {
+  write(cell, index, where, false);
+  cell.in_flight = true;
+}
+
+void note_arrival(Cell& cell) {
+  const Clock clock = now();
+  cell.write_epoch = clock.epoch;
+  cell.write_warp_epoch = clock.warp_epoch;
+  cell.in_flight = false;
 }
 
 DynamicMemory& dynamic_memory() {

@@ -21,12 +21,26 @@ struct Cell {
   std::uint32_t read_block = 0;
   std::uint32_t read_epoch = 0;
   std::uint32_t read_warp_epoch = 0;
-  bool atomic = false;  // the last write
+  bool atomic = false;     // the last write
+  bool in_flight = false;  // the last write is an asynchronous copy that nobody waited for yet
+};
+
+// A part of shared memory, in bytes and in cells.
+struct SharedBytes {
+  unsigned char* bytes;
+  int size;
+  Cell* cells;
+  int cell_count;
+  std::ptrdiff_t index;  // of the first element, for messages
 };
 
 void note_read(Cell& cell, std::ptrdiff_t index, const std::source_location& where);
 void note_write(Cell& cell, std::ptrdiff_t index, const std::source_location& where);
 void note_atomic(Cell& cell, std::ptrdiff_t index, const std::source_location& where);
+// An asynchronous copy starts, as a write does, and is there at the wait of the thread that started
+// it.
+void note_copy(Cell& cell, std::ptrdiff_t index, const std::source_location& where);
+void note_arrival(Cell& cell);
 
 // The block's dynamic shared memory, a cell for each byte.
 struct DynamicMemory {

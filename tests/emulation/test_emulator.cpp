@@ -2,9 +2,6 @@
 // faulty kernel here is a right one with one line wrong.
 #include <bit>
 #include <cstdint>
-#include <cstdio>
-#include <string>
-#include <string_view>
 #include <vector>
 
 #include "counters.h"
@@ -13,28 +10,15 @@
 #include "device/shared.cuh"
 #include "device/thread.cuh"
 #include "device/warp.cuh"
+#include "expect.h"
 
 namespace {
 
 using namespace qlora::cuda;
 using qlora::Status;
 
-int failures = 0;
-
-void expect(bool holds, const char* what, const char* detail = "") {
-  if (holds) return;
-  std::printf("FAILED: %s %s\n", what, detail);
-  ++failures;
-}
-
-// Either kind: which one a missing barrier shows as depends on who comes first.
-void expect_fault(const Status& status, const char* kind, const char* what,
-                  const char* or_kind = "no other") {
-  const std::string_view message = status.ok() ? "" : status.message;
-  const bool found = message.starts_with(kind) || message.starts_with(or_kind);
-  expect(found, what, status.ok() ? "(ran through)" : status.message);
-  if (found) std::printf("%-44s %s\n", what, status.message);
-}
+using emulation::expect;
+using emulation::expect_fault;
 
 // ---- sums over a block, the right way and with one line wrong ----
 
@@ -307,6 +291,5 @@ int main() {
   test_dynamic_shared_memory();
   test_counters();
   test_seeds();
-  std::printf("%d failures\n", failures);
-  return failures < 99 ? failures : 99;
+  return emulation::report();
 }

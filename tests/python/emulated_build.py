@@ -11,7 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "emulation"
 KERNELS = ROOT / "cuda"
-EMULATOR = ["machine.cpp", "fibre.cpp", "counters.cpp", "shadow.cpp", "fibre_x86_64.S"]
+EMULATOR = [
+    "machine.cpp",
+    "fibre.cpp",
+    "copies.cpp",
+    "counters.cpp",
+    "shadow.cpp",
+    "fibre_x86_64.S",
+]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 
 

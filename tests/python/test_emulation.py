@@ -19,14 +19,16 @@ emulation = pytest.importorskip(
 )
 
 
-def test_the_emulator_finds_what_it_must(tmp_path: Path) -> None:
-    """Its own tests, under AddressSanitizer, which takes the portable switch of fibres too."""
-    sanitize = ("-fsanitize=address,undefined", "-fno-sanitize-recover")
-    for flags in ((), sanitize):
-        objects = emulator_objects(tmp_path, *flags)
-        source = EMULATION / "test_emulator.cpp"
-        objects.append(compile_object(source, tmp_path / "test.o", KERNELS, *flags))
-        assert "0 failures" in run(link(objects, tmp_path / "test", *flags))
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover")
+
+
+@pytest.mark.parametrize("flags", [(), SANITIZE], ids=["plain", "sanitized"])
+def test_the_emulator_finds_what_it_must(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Its own tests; under AddressSanitizer, which takes the portable switch of fibres, too."""
+    emulator = emulator_objects(tmp_path, *flags)
+    for source in sorted(EMULATION.glob("test_emulator*.cpp")):
+        test = compile_object(source, tmp_path / f"{source.stem}.o", KERNELS, *flags)
+        assert "\n0 failures" in run(link([*emulator, test], tmp_path / source.stem, *flags))
 
 
 # ---- faults planted in the kernels ---------------------------------------------------------------

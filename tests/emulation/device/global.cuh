@@ -40,6 +40,12 @@ class Global {
                  const Where& where = Where::current()) const {
     store_as(i, value, where);
   }
+  Value atomic_add(std::int64_t i, Value value, const Where& where = Where::current()) const {
+    static_assert(std::is_integral_v<T>);
+    const Value before = load_as<Value>(i, where);
+    store_as(i, static_cast<Value>(before + value), where);
+    return before;
+  }
 
  private:
   template <class V>
@@ -80,5 +86,7 @@ class Global {
   T* data_ = nullptr;
   std::int64_t size_ = 0;
 };
+
+inline void fence_gpu() {}
 
 }  // namespace qlora::cuda

@@ -42,6 +42,15 @@ class Shared {
     return before;
   }
 
+  // The V at element i, which the word whose twin asks for it will read or write.
+  template <class V>
+  [[nodiscard]] emulation::SharedBytes bytes_of(int i, const Where& where) const {
+    constexpr int kElements = static_cast<int>(sizeof(V) / sizeof(T));
+    check<V>(i, where);
+    return {reinterpret_cast<unsigned char*>(data_ + i), static_cast<int>(sizeof(V)),
+            cells_ + i * stride_, kElements * stride_, i};
+  }
+
  private:
   using Note = void (*)(emulation::Cell&, std::ptrdiff_t, const Where&);
 
@@ -62,6 +71,14 @@ class Shared {
   template <class V>
   void touch(int i, const Where& where, Note note) const {
     constexpr int kElements = static_cast<int>(sizeof(V) / sizeof(T));
+    check<V>(i, where);
+    for (int c = i * stride_; c < (i + kElements) * stride_; ++c)
+      note(cells_[c], c / stride_, where);
+  }
+
+  template <class V>
+  void check(int i, const Where& where) const {
+    constexpr int kElements = static_cast<int>(sizeof(V) / sizeof(T));
     if (i < 0 || i > size_ - kElements) {
       emulation::fault(emulation::FaultKind::out_of_bounds, where,
                        std::to_string(kElements) + " elements at " + std::to_string(i) +
@@ -73,8 +90,6 @@ class Shared {
                        std::to_string(sizeof(V)) + " bytes at shared byte " + std::to_string(at));
     }
     emulation::counters().shared(at, static_cast<int>(sizeof(V)), where);
-    for (int c = i * stride_; c < (i + kElements) * stride_; ++c)
-      note(cells_[c], c / stride_, where);
   }
 
   T* data_;

@@ -1,0 +1,33 @@
+#include "copies.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace emulation {
+namespace {
+
+constexpr int kPoison = 0xFF;  // NaN in every floating-point type
+
+}  // namespace
+
+void AsyncCopies::start(const SharedBytes& to, const void* source,
+                        const std::source_location& where) {
+  for (int c = 0; c < to.cell_count; ++c) note_copy(to.cells[c], to.index, where);
+  std::memset(to.bytes, kPoison, static_cast<std::size_t>(to.size));
+  Copy copy{to, {}, groups_};
+  std::memcpy(copy.bytes.data(), source, static_cast<std::size_t>(to.size));
+  under_way_.push_back(copy);
+}
+
+void AsyncCopies::wait(int pending) {
+  const auto still = std::find_if(under_way_.begin(), under_way_.end(), [&](const Copy& copy) {
+    return copy.group >= groups_ - pending;
+  });
+  std::for_each(under_way_.begin(), still, [](const Copy& copy) {
+    std::memcpy(copy.to.bytes, copy.bytes.data(), static_cast<std::size_t>(copy.to.size));
+    for (int c = 0; c < copy.to.cell_count; ++c) note_arrival(copy.to.cells[c]);
+  });
+  under_way_.erase(under_way_.begin(), still);
+}
+
+}  // namespace emulation

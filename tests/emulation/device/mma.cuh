@@ -1,0 +1,88 @@
+// Twin of cuda/device/mma.cuh.
+//
+// Every product is exact in fp32; sums are rounded to fp32 one by one, k ascending, from the
+// accumulator on. A tensor core adds several products at a time, of which it keeps a few bits more
+// than fp32 or cuts some off, and rounds in a way of its own: results differ by some units in the
+// last place of the largest summand, between cards too. Tests allow for it as for any order.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <type_traits>
+
+#include "device/fragments.cuh"
+#include "device/thread.cuh"
+#include "qlora_native/types.h"
+
+namespace qlora::cuda {
+
+namespace detail {
+
+struct MmaOperands {
+  Accumulator* d;
+  const std::uint32_t* a;
+  const std::uint32_t* b;
+};
+
+template <class T>
+float half_of(std::uint32_t word, int half) {
+  return to_float(T{static_cast<std::uint16_t>(word >> (16 * half))});
+}
+
+// Fragments to matrices, the product, and back. kK: 8 or 16.
+template <class T, int kK>
+void multiply(const std::array<void*, kWarpSize>& lanes) {
+  float a[16][kK];
+  float b[kK][8];
+  float d[16][8];
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const auto& own = *static_cast<const MmaOperands*>(lanes[static_cast<std::size_t>(lane)]);
+    const int group = lane / 4;
+    const int pair = lane % 4 * 2;
+    for (int half = 0; half < 2; ++half) {
+      for (int word = 0; word < kK / 4; ++word) {
+        a[group + word % 2 * 8][pair + word / 2 * 8 + half] = half_of<T>(own.a[word], half);
+      }
+      for (int word = 0; word < kK / 8; ++word) {
+        b[pair + word * 8 + half][group] = half_of<T>(own.b[word], half);
+      }
+      d[group][pair + half] = own.d->value[half];
+      d[group + 8][pair + half] = own.d->value[2 + half];
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < kK; ++k) {
+      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const auto& own = *static_cast<const MmaOperands*>(lanes[static_cast<std::size_t>(lane)]);
+    const int group = lane / 4;
+    const int pair = lane % 4 * 2;
+    for (int half = 0; half < 2; ++half) {
+      own.d->value[half] = d[group][pair + half];
+      own.d->value[2 + half] = d[group + 8][pair + half];
+    }
+  }
+}
+
+}  // namespace detail
+
+template <class T>
+void mma_m16n8k8(Accumulator& d, std::uint32_t a0, std::uint32_t a1, std::uint32_t b0,
+                 const Where& where = Where::current()) {
+  static_assert(std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>);
+  const std::uint32_t a[2] = {a0, a1};
+  detail::MmaOperands operands{&d, a, &b0};
+  machine().together("mma.m16n8k8", &operands, &detail::multiply<T, 8>, where);
+}
+
+template <class T>
+void mma_m16n8k16(Accumulator& d, const FragmentA& a, const FragmentB& b,
+                  const Where& where = Where::current()) {
+  static_assert(std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>);
+  detail::MmaOperands operands{&d, a.word, b.word};
+  machine().together("mma.m16n8k16", &operands, &detail::multiply<T, 16>, where);
+}
+
+}  // namespace qlora::cuda
