@@ -12,6 +12,9 @@ namespace qlora::cuda {
 
 inline constexpr const char* kBackendName = "cuda";
 
+// A launch may have this many bytes of dynamic shared memory, and on request what the card has.
+inline constexpr std::size_t kSharedWithoutRequest = 48 * 1024;
+
 struct Launch {
   std::int64_t grid;  // blocks; 0: nothing is launched
   int block;          // threads
@@ -40,12 +43,17 @@ template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const Launch& config, const Arguments&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 32764, "what a launch may pass from sm_70 on");
   if (config.grid == 0) return {};
+  cudaError_t error = cudaSuccess;
+  if (config.dynamic_shared > kSharedWithoutRequest) {  // of this kernel on the current device
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(config.dynamic_shared));
+  }
   cudaLaunchConfig_t settings{};
   settings.gridDim = dim3(static_cast<unsigned>(config.grid));
   settings.blockDim = dim3(static_cast<unsigned>(config.block));
   settings.dynamicSmemBytes = config.dynamic_shared;
   settings.stream = static_cast<cudaStream_t>(config.stream);
-  const cudaError_t error = cudaLaunchKernelEx(&settings, kernel, arguments...);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&settings, kernel, arguments...);
   if (error != cudaSuccess) static_cast<void>(cudaGetLastError());  // not left for another's call
   return to_status(error);
 }
@@ -56,6 +64,14 @@ inline Status multiprocessors(int* count) {
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return to_status(error);
   return to_status(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+}
+
+// The most shared memory that a block of threads may have on the current device, on request.
+inline Status largest_shared_memory(int* bytes) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return to_status(error);
+  return to_status(cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }
 
 // Makes a device the current one, and the one before it again at the end.

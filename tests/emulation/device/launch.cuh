@@ -9,6 +9,7 @@
 #include "device/thread.cuh"
 #include "machine.h"
 #include "qlora_native/status.h"
+#include "shadow.h"
 
 namespace qlora::cuda {
 
@@ -37,6 +38,11 @@ Status launch(void (*kernel)(Parameters...), const Launch& config, const Argumen
 
 inline Status multiprocessors(int* count) {
   *count = emulation::kMultiprocessors;
+  return {};
+}
+
+inline Status largest_shared_memory(int* bytes) {
+  *bytes = static_cast<int>(emulation::DynamicMemory::kBytes);
   return {};
 }
 
