@@ -35,7 +35,7 @@ Device cuda_device_of(const Tensor& t) {
   Context context;
   context.device = static_cast<int>(t.get_device_index());
   STABLE_TORCH_ERROR_CODE_CHECK(current_stream(context.device, &context.stream));
-  return {cuda::backend(), context};
+  return {cuda::backend(), context, t};
 }
 
 }  // namespace qlora::torch_ops

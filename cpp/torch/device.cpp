@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "../cpu/isa.h"
+#include "matmul.h"
 #include "qlora_native/runtime.h"
 
 #if defined(QLORA_HAS_CUDA)
@@ -39,11 +40,38 @@ void torch_pool(std::int64_t n, std::int64_t grain, Context::Body body, void* ar
 
 }  // namespace
 
+Device::Device(const Backend& serves, const Context& lent, const Tensor& on)
+    : backend(serves), context(lent), on_(on) {
+  context.allocate = &Device::allocate;
+  context.matmul = &Device::matmul;
+  context.lender = this;
+}
+
+void* Device::allocate(void* self, std::int64_t bytes) {
+  auto& device = *static_cast<Device*>(self);
+  try {
+    return device.held_.emplace_back(empty_on(device.on_, bytes, ScalarType::Byte))
+        .mutable_data_ptr();
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+Status Device::matmul(void* self, const MatmulParams& params) {
+  try {
+    torch_matmul(static_cast<const Device*>(self)->on_, params);
+    return {};
+  } catch (const std::exception&) {
+    return {StatusCode::device, "torch's matrix product failed"};
+  }
+}
+
 Device device_of(const Tensor& t) {
   if (t.is_cpu()) {
     const Backend* replaced = stand_in.load(std::memory_order_relaxed);
     return {replaced != nullptr ? *replaced : cpu::backend(),
-            {.parallel_for = torch_pool, .threads = num_threads()}};
+            {.parallel_for = torch_pool, .threads = num_threads()},
+            t};
   }
 #if defined(QLORA_HAS_CUDA)
   if (t.is_cuda()) return cuda_device_of(t);

@@ -58,12 +58,31 @@ Status launch(void (*kernel)(Parameters...), const Launch& config, const Argumen
   return to_status(error);
 }
 
-// Streaming multiprocessors of the current device.
-inline Status multiprocessors(int* count) {
+// ---- of the current device ----
+
+inline Status attribute(cudaDeviceAttr which, int* value) {
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return to_status(error);
-  return to_status(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+  return to_status(cudaDeviceGetAttribute(value, which, device));
+}
+
+// Streaming multiprocessors.
+inline Status multiprocessors(int* count) {
+  return attribute(cudaDevAttrMultiProcessorCount, count);
+}
+
+inline Status l2_bytes(int* bytes) { return attribute(cudaDevAttrL2CacheSize, bytes); }
+
+// The compute capability as one number: 75, 80, 86, 89, 90, 100, 120.
+inline Status architecture(int* number) {
+  int major = 0, minor = 0;
+  if (const Status status = attribute(cudaDevAttrComputeCapabilityMajor, &major); !status.ok()) {
+    return status;
+  }
+  const Status status = attribute(cudaDevAttrComputeCapabilityMinor, &minor);
+  *number = 10 * major + minor;
+  return status;
 }
 
 // The most shared memory that a block of threads may have on the current device, on request.

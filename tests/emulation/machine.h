@@ -23,8 +23,9 @@ namespace emulation {
 
 inline constexpr int kWarpSize = 32;
 inline constexpr int kMaxBlockThreads = 1024;
-inline constexpr int kMultiprocessors =
-    2;  // few, so that small tensors need several turns of a grid
+// Few and little, so that small tensors need several turns of a grid and several panels.
+inline constexpr int kMultiprocessors = 2;
+inline constexpr int kL2Bytes = 32 * 1024;
 
 struct Warp;
 
@@ -74,6 +75,11 @@ class Machine {
 
   void set_seed(std::uint64_t seed) { seed_ = seed; }
 
+  // The compute capability that launchers are told (90: a Hopper card). Every kernel runs on the
+  // machine whatever it says: it decides which way a launcher takes.
+  void set_architecture(int number) { architecture_ = number; }
+  [[nodiscard]] int architecture() const { return architecture_; }
+
   // ---- asked by the running thread ----
   [[nodiscard]] Thread& thread() { return *current_; }
   [[nodiscard]] Warp& warp() {
@@ -115,6 +121,7 @@ class Machine {
   std::vector<Thread*> ready_;  // taken from the end
   Thread* current_ = nullptr;
   std::optional<Fault> fault_;
+  int architecture_ = 80;
   std::uint64_t seed_ = 0;
   std::uint64_t random_ = 0;
   std::int64_t block_index_ = 0;

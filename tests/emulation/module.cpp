@@ -42,6 +42,10 @@ PYBIND11_MODULE(_emulation, m) {
   m.def(
       "set_seed", [](std::uint64_t seed) { emulation::Machine::instance().set_seed(seed); },
       py::arg("seed"), "Draw the order in which threads run from this seed; 0: ascending.");
+  m.def(
+      "set_architecture",
+      [](int number) { emulation::Machine::instance().set_architecture(number); },
+      py::arg("number"), "Pretend to be a card of that compute capability: 75, 80, …, 120.");
   m.def("count", &count, py::arg("on"), "Start counting from zero, or stop.");
   m.def("counts", &counts, "What the launches since then moved (counters.h).");
 }

@@ -8,7 +8,8 @@
 
 namespace qlora {
 
-// What the caller lends to one call: its thread pool (CPU), its stream (CUDA).
+// What the caller lends to one call: its thread pool (CPU); its stream, its memory and its matrix
+// product (CUDA). A backend keeps none of it past the call.
 struct Context {
   using Body = void (*)(void* arg, std::int64_t begin, std::int64_t end);
 
@@ -18,6 +19,14 @@ struct Context {
   int threads = 1;
   void* stream = nullptr;  // a cudaStream_t, of that device
   int device = 0;
+
+  // Scratch memory of that device, aligned to 64 bytes, from the caller's allocator: the backend's
+  // until the op returns, then again the allocator's, for work that follows on the same stream. It
+  // holds anything. Null: there is no memory for it.
+  void* (*allocate)(void* lender, std::int64_t bytes) = nullptr;
+  // The caller's own matrix product on that stream.
+  Status (*matmul)(void* lender, const MatmulParams&) = nullptr;
+  void* lender = nullptr;  // what those two are called with
 };
 
 struct Backend {

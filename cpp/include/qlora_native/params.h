@@ -177,6 +177,36 @@ struct QloraLinearBackwardParams {
   void* grad_bias;       // [N] out
 };
 
+// ---- what a backend asks of its caller (Context::matmul)
+// ---------------------------------------------------
+
+// A matrix in memory: `data` is element [0, 0]; rows lie `row_stride` elements apart, an element
+// beside the next, or, transposed, columns do.
+struct MatrixIn {
+  const void* data;
+  std::int64_t row_stride;
+  bool transposed = false;
+};
+
+// out = a b + addend, all of one type, accumulated in fp32 and rounded once.
+struct MatmulParams {
+  enum class Addend : std::uint8_t {
+    none,
+    bias,  // [N], to every row
+    out,   // what out holds
+  };
+  std::int64_t m;
+  std::int64_t n;
+  std::int64_t k;
+  DType dtype;
+  MatrixIn a;  // [M, K]
+  MatrixIn b;  // [K, N]
+  Addend addend = Addend::none;
+  const void* bias = nullptr;  // [N] where it is the addend
+  void* out;                   // [M, N], rows out_row_stride apart
+  std::int64_t out_row_stride;
+};
+
 // ---- optimizer
 // ------------------------------------------------------------------------------------
 

@@ -46,6 +46,17 @@ inline Status largest_shared_memory(int* bytes) {
   return {};
 }
 
+inline Status l2_bytes(int* bytes) {
+  *bytes = emulation::kL2Bytes;
+  return {};
+}
+
+// The card that the machine pretends to be.
+inline Status architecture(int* number) {
+  *number = machine().architecture();
+  return {};
+}
+
 // There is one emulated device.
 class DeviceGuard {
  public:

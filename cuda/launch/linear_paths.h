@@ -1,0 +1,47 @@
+// The ways in which a product with a 4-bit weight can be computed, and which one is taken.
+//
+// Every way computes the same: y = x W^T (+ bias) (+ left right^T), or grad_x = grad_out W (+ the
+// LoRA product, masked). A launcher that cannot serve a case is never asked: `serves` says so
+// beforehand, and a way that was forced on a case it cannot serve is an error.
+#pragma once
+
+#include <cstdint>
+
+#include "qlora_native/backend.h"
+
+namespace qlora::cuda {
+
+// The LoRA branch's second product: R more steps in the depth of the base product, on the same
+// accumulators. Both matrices are of the activations' type, in the workspace, aligned to 64 bytes,
+// R padded with zeros to a multiple of 16 (`r` counts the padding).
+//
+//   forward          left [M, R] = scale * u     right [N, R] = B       no dropout: it is in u
+//   input gradient   left [M, R] = scale * dy B  right [K, R] = A^T     the mask and the gain
+//                    multiply the product left right^T alone, at [m, k]: LoRA's steps come first,
+//                    then the accumulators are masked, then dy W goes on top
+struct LoraTerm {
+  std::int64_t r;
+  const void* left;
+  const void* right;
+  float dropout_p = 0.0f;
+  const std::int64_t* dropout_seed = nullptr;  // [1] on the device; null where dropout_p is 0
+};
+
+// ---- the ways, forward; lora may be null ----
+
+Status linear_few_rows(const LinearParams& p, const LoraTerm* lora, const Context& context);
+Status linear_tiles(const LinearParams& p, const LoraTerm* lora, const Context& context);
+Status linear_wgmma(const LinearParams& p, const LoraTerm* lora, const Context& context);
+Status linear_fma(const LinearParams& p, const LoraTerm* lora, const Context& context);
+Status linear_plain(const LinearParams& p, const LoraTerm* lora, const Context& context);
+
+// ---- and the input gradient's ----
+
+Status backward_input_tiles(const LinearBackwardInputParams& p, const LoraTerm* lora,
+                            const Context& context);
+Status backward_input_fma(const LinearBackwardInputParams& p, const LoraTerm* lora,
+                          const Context& context);
+Status backward_input_plain(const LinearBackwardInputParams& p, const LoraTerm* lora,
+                            const Context& context);
+
+}  // namespace qlora::cuda
