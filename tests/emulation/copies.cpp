@@ -12,7 +12,7 @@ constexpr int kPoison = 0xFF;  // NaN in every floating-point type
 
 void AsyncCopies::start(const SharedBytes& to, const void* source,
                         const std::source_location& where) {
-  for (int c = 0; c < to.cell_count; ++c) note_copy(to.cells[c], to.index, where);
+  note_start(to, running_thread(), where);
   std::memset(to.bytes, kPoison, static_cast<std::size_t>(to.size));
   Copy copy{to, {}, groups_};
   std::memcpy(copy.bytes.data(), source, static_cast<std::size_t>(to.size));
@@ -25,7 +25,7 @@ void AsyncCopies::wait(int pending) {
   });
   std::for_each(under_way_.begin(), still, [](const Copy& copy) {
     std::memcpy(copy.to.bytes, copy.bytes.data(), static_cast<std::size_t>(copy.to.size));
-    for (int c = 0; c < copy.to.cell_count; ++c) note_arrival(copy.to.cells[c]);
+    note_arrival(copy.to, running_thread().now);
   });
   under_way_.erase(under_way_.begin(), still);
 }

@@ -1,9 +1,12 @@
 #include "machine.h"
 
+#include <algorithm>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "counters.h"
+#include "readers.h"
 
 namespace emulation {
 namespace {
@@ -18,8 +21,6 @@ bool same_place(const std::source_location& a, const std::source_location& b) {
   return a.line() == b.line() && a.column() == b.column() &&
          std::string_view(a.file_name()) == b.file_name();
 }
-
-constexpr const char* kAtBarrier = "a barrier of the block";
 
 struct Thrown {
   Fault fault;
@@ -83,7 +84,8 @@ std::optional<Fault> Machine::run(const Launch& launch, const std::function<void
 
 void Machine::begin_block() {
   ++block_number_;
-  epoch_ = 0;
+  readers().forget(true);
+  const std::uint32_t before = latest_;
   alive_ = launch_.block;
   at_barrier_ = 0;
   warps_.assign(static_cast<std::size_t>((launch_.block + kWarpSize - 1) / kWarpSize), {});
@@ -93,6 +95,9 @@ void Machine::begin_block() {
     if (slot == nullptr) slot = std::make_unique<Thread>();
     slot->index = i;
     slot->done = false;
+    slot->time = before;
+    slot->clock.settle(before);
+    tick(*slot);
     slot->waits_at = nullptr;
     slot->copies = {};
     slot->fibre.start(&Machine::thread_main, slot.get());
@@ -134,9 +139,10 @@ void Machine::end_thread(Thread& thread) {
   if (alive_ > 0 && at_barrier_ == alive_) release_block();
 }
 
-void Machine::wait(const char* what, const std::source_location& where) {
+void Machine::wait(FaultKind if_forever, const char* what, const std::source_location& where) {
   Thread& self = thread();
   self.waits_at = what;
+  self.if_forever = if_forever;
   self.where = where;
   self.fibre.leave();
 }
@@ -149,10 +155,27 @@ void Machine::make_ready(std::size_t first, std::size_t last) {
     if (thread.done) continue;
     ready_.push_back(&thread);
   }
+  shuffle_ready(begin);
+}
+
+void Machine::shuffle_ready(std::size_t begin) {
   if (seed_ == 0) return;
   for (std::size_t i = ready_.size(); i > begin + 1; --i) {
     std::swap(ready_[i - 1], ready_[begin + random() % (i - begin)]);
   }
+}
+
+void Machine::wait_in(std::vector<Thread*>& queue, const char* what,
+                      const std::source_location& where) {
+  queue.push_back(&thread());
+  wait(FaultKind::barrier, what, where);
+}
+
+void Machine::wake(std::vector<Thread*>& queue) {
+  const std::size_t begin = ready_.size();
+  ready_.insert(ready_.end(), queue.begin(), queue.end());
+  shuffle_ready(begin);
+  queue.clear();
 }
 
 void Machine::sync_block(const std::source_location& where) {
@@ -162,13 +185,42 @@ void Machine::sync_block(const std::source_location& where) {
   barrier_ = where;
   // The last one to come releases all, and itself goes on in its turn.
   if (++at_barrier_ == alive_) release_block();
-  wait(kAtBarrier, where);
+  wait(FaultKind::barrier, "a barrier of the block", where);
 }
 
 void Machine::release_block() {
   at_barrier_ = 0;
-  ++epoch_;
+  // All that a thread did so far is known to all, and what any of them knows of agents.
+  Clock joint;
+  for (int i = 0; i < launch_.block; ++i) joint.learn(threads_[static_cast<std::size_t>(i)]->clock);
+  joint.settle(latest_);
+  const std::uint32_t before = latest_;
+  for (int i = 0; i < launch_.block; ++i) {
+    Thread& thread = *threads_[static_cast<std::size_t>(i)];
+    if (thread.done) continue;
+    thread.clock.settle(before);
+    thread.clock.learn(joint);
+    thread.time = before;
+    tick(thread);
+  }
+  readers().forget(false);
   make_ready(0, static_cast<std::size_t>(launch_.block));
+}
+
+void Machine::tick(Thread& thread) {
+  ++thread.time;
+  thread.clock.learn(thread.now());
+  latest_ = std::max(latest_, thread.time);
+}
+
+void Machine::release(Clock& to) {
+  to.learn(thread().clock);
+  tick(thread());
+}
+
+void Machine::acquire(const Clock& from) {
+  thread().clock.learn(from);
+  tick(thread());
 }
 
 void Machine::meet_warp(const char* what, bool ordered, Together together,
@@ -188,7 +240,7 @@ void Machine::meet_warp(const char* what, bool ordered, Together together,
   w.ordered = ordered;
   w.together = together;
   if (++w.arrived == w.lanes) release_warp(index);
-  wait(what, where);
+  wait(FaultKind::warp, what, where);
 }
 
 // All lanes are here: each gets what it asked for, and may go on.
@@ -212,7 +264,14 @@ void Machine::release_warp(std::size_t index) {
     w.together(operands);
   }
   w.arrived = 0;
-  if (w.ordered) ++w.epoch;
+  if (w.ordered) {
+    Clock joint;
+    for (std::size_t i = first; i < last; ++i) joint.learn(threads_[i]->clock);
+    for (std::size_t i = first; i < last; ++i) {
+      threads_[i]->clock.learn(joint);
+      tick(*threads_[i]);
+    }
+  }
   make_ready(first, last);
 }
 
@@ -255,7 +314,7 @@ Fault Machine::stuck() const {
     if (t.done) continue;
     ++waiting;
     if (first == nullptr) first = &t;
-    in_warp |= t.waits_at != kAtBarrier;
+    in_warp |= t.if_forever == FaultKind::warp;
   }
   const FaultKind kind = in_warp ? FaultKind::warp : FaultKind::barrier;
   return {kind, std::string(name_of(kind)) + " in block " + std::to_string(block_index_) + ": " +

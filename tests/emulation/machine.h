@@ -15,6 +15,7 @@
 #include <source_location>
 #include <vector>
 
+#include "clock.h"
 #include "copies.h"
 #include "fault.h"
 #include "fibre.h"
@@ -22,7 +23,6 @@
 namespace emulation {
 
 inline constexpr int kWarpSize = 32;
-inline constexpr int kMaxBlockThreads = 1024;
 // Few and little, so that small tensors need several turns of a grid and several panels.
 inline constexpr int kMultiprocessors = 2;
 inline constexpr int kL2Bytes = 32 * 1024;
@@ -33,7 +33,10 @@ struct Thread {
   Fibre fibre;
   int index = 0;  // in its block
   bool done = false;
+  std::uint32_t time = 0;
+  Clock clock;                     // knows this thread's own time, too
   const char* waits_at = nullptr;  // for messages: where it waited last
+  FaultKind if_forever = FaultKind::barrier;
   std::source_location where;
   // For the exchanges of a warp: what this lane offers, from whom it takes, what it got.
   std::uint64_t offered = 0;
@@ -41,6 +44,8 @@ struct Thread {
   std::uint64_t received = 0;
   void* operands = nullptr;  // of an instruction of the whole warp
   AsyncCopies copies;
+
+  [[nodiscard]] Moment now() const { return {index, time}; }
 };
 
 // What such an instruction does, given the operands of lane 0 to 31, once all lanes are there.
@@ -50,10 +55,9 @@ using Together = void (*)(const std::array<void*, kWarpSize>& operands);
 inline constexpr int kNoSource = -1;
 
 struct Warp {
-  int lanes = 0;            // of it that have not ended
-  int arrived = 0;          // in the exchange that is going on
-  bool ordered = false;     // that exchange orders memory: a barrier of the warp
-  std::uint32_t epoch = 0;  // such barriers passed
+  int lanes = 0;         // of it that have not ended
+  int arrived = 0;       // in the exchange that is going on
+  bool ordered = false;  // that exchange orders memory: a barrier of the warp
   const char* what = nullptr;
   std::source_location where;
   std::uint32_t ballot = 0;
@@ -89,8 +93,12 @@ class Machine {
   [[nodiscard]] std::int64_t block_index() const { return block_index_; }
   // Of the blocks that ever ran: memory written under another number was not written by this one.
   [[nodiscard]] std::uint32_t block_number() const { return block_number_; }
-  // Barriers of the whole block passed so far.
-  [[nodiscard]] std::uint32_t epoch() const { return epoch_; }
+  // The running thread hands what it knows on, or learns: what orders memory, clock.h.
+  void release(Clock& to);
+  void acquire(const Clock& from);
+  // It waits in that queue (`what`, in messages) until another thread wakes all who do.
+  void wait_in(std::vector<Thread*>& queue, const char* what, const std::source_location& where);
+  void wake(std::vector<Thread*>& queue);
 
   void sync_block(const std::source_location& where);
   void sync_warp(const std::source_location& where);
@@ -105,12 +113,14 @@ class Machine {
   void run_block();
   void begin_block();
   void end_thread(Thread& thread);
+  void tick(Thread& thread);
   void release_block();
   void meet_warp(const char* what, bool ordered, Together together,
                  const std::source_location& where);
   void release_warp(std::size_t warp);
   void make_ready(std::size_t first, std::size_t last);
-  void wait(const char* what, const std::source_location& where);
+  void shuffle_ready(std::size_t begin);
+  void wait(FaultKind if_forever, const char* what, const std::source_location& where);
   [[nodiscard]] Fault stuck() const;
   std::uint64_t random();
 
@@ -126,7 +136,7 @@ class Machine {
   std::uint64_t random_ = 0;
   std::int64_t block_index_ = 0;
   std::uint32_t block_number_ = 0;
-  std::uint32_t epoch_ = 0;
+  std::uint32_t latest_ = 0;  // of all threads' times, in all blocks
   int alive_ = 0;
   int at_barrier_ = 0;
   std::source_location barrier_;

@@ -5,117 +5,126 @@
 
 #include "fault.h"
 #include "machine.h"
+#include "readers.h"
 
 namespace emulation {
 namespace {
 
-constexpr std::int32_t kSeveralOfAWarp = -1 - kMaxBlockThreads;  // minus the warp's number
-constexpr std::int32_t kSeveralWarps = -1;
+// One access, noted in cell after cell. Neighbours mostly have the same past, and then get the same
+// future.
+class Access {
+ public:
+  Access(const SharedBytes& range, const Actor& actor, const Where& where)
+      : range_(range), actor_(actor), where_(where), block_(Machine::instance().block_number()) {}
 
-struct Clock {
-  std::uint32_t block, epoch, warp_epoch;
-  std::int32_t thread;
+  template <class Note>
+  void each(const Note& note) {
+    Cell before;
+    const Cell* after = nullptr;
+    for (at_ = 0; at_ < range_.cell_count; ++at_) {
+      Cell& cell = range_.cells[at_];
+      if (after != nullptr && cell == before) {
+        cell = *after;
+        continue;
+      }
+      before = cell;
+      if (cell.block != block_) cell = {.block = block_};
+      if (cell.in_flight) {
+        refuse(FaultKind::in_flight,
+               "awaits an asynchronous copy of thread " + std::to_string(cell.writer));
+      }
+      note(cell);
+      after = &cell;
+    }
+  }
+
+  void must_be_written(const Cell& cell) const {
+    if (cell.write_time == 0) refuse(FaultKind::uninitialised, "was never written");
+  }
+  void must_know_writer(const Cell& cell) const {
+    if (cell.write_time == 0 || actor_.clock.knows({cell.writer, cell.write_time})) return;
+    refuse(FaultKind::race,
+           "was written by thread " + std::to_string(cell.writer) + " with no barrier since");
+  }
+  void must_know_readers(const Cell& cell) const {
+    if (readers().all_known(cell.readers, actor_)) return;
+    refuse(FaultKind::race, "was read by another thread with no barrier since");
+  }
+  void read(Cell& cell) const { cell.readers = readers().add(cell.readers, actor_); }
+  void write(Cell& cell, bool atomic, bool in_flight) const {
+    cell = {.block = block_,
+            .write_time = actor_.now.time,
+            .readers = kNoReaders,
+            .writer = static_cast<std::int16_t>(actor_.now.actor),
+            .atomic = atomic,
+            .in_flight = in_flight};
+  }
+
+ private:
+  [[noreturn]] void refuse(FaultKind kind, const std::string& what) const {
+    const int cells_of_element = range_.cell_count / range_.elements;
+    fault(kind, where_,
+          "element " + std::to_string(range_.index + at_ / cells_of_element) + " " + what);
+  }
+
+  const SharedBytes& range_;
+  const Actor& actor_;
+  const Where& where_;
+  std::uint32_t block_;
+  int at_ = 0;
 };
 
-Clock now() {
-  Machine& machine = Machine::instance();
-  return {machine.block_number(), machine.epoch(), machine.warp().epoch, machine.thread().index};
-}
-
-std::int32_t warp_of(std::int32_t thread) { return thread / kWarpSize; }
-
-bool write_is_ordered(const Cell& cell, const Clock& clock) {
-  if (cell.writer == clock.thread || cell.write_epoch != clock.epoch) return true;
-  return warp_of(cell.writer) == warp_of(clock.thread) && cell.write_warp_epoch != clock.warp_epoch;
-}
-
-bool reads_are_ordered(const Cell& cell, const Clock& clock) {
-  if (cell.read_block != clock.block || cell.read_epoch != clock.epoch) return true;
-  if (cell.reader == clock.thread) return true;
-  if (cell.reader == kSeveralWarps) return false;
-  const std::int32_t warp = cell.reader >= 0 ? warp_of(cell.reader) : kSeveralOfAWarp - cell.reader;
-  return warp == warp_of(clock.thread) && cell.read_warp_epoch != clock.warp_epoch;
-}
-
-std::string element(std::ptrdiff_t index) { return "element " + std::to_string(index); }
-
-void refuse_in_flight(const Cell& cell, std::ptrdiff_t index, const Clock& clock,
-                      const std::source_location& where) {
-  if (cell.block == clock.block && cell.in_flight) {
-    fault(FaultKind::in_flight, where,
-          element(index) + " awaits an asynchronous copy of thread " + std::to_string(cell.writer));
-  }
-}
-
-void write(Cell& cell, std::ptrdiff_t index, const std::source_location& where, bool atomic) {
-  const Clock clock = now();
-  refuse_in_flight(cell, index, clock, where);
-  const bool written = cell.block == clock.block;
-  const bool both_atomic = atomic && cell.atomic;
-  if (written && !both_atomic && !write_is_ordered(cell, clock)) {
-    fault(FaultKind::race, where,
-          element(index) + " was written by thread " + std::to_string(cell.writer) +
-              " with no barrier since");
-  }
-  if (!reads_are_ordered(cell, clock)) {
-    fault(FaultKind::race, where,
-          element(index) + " was read by another thread with no barrier since");
-  }
-  cell.block = clock.block;
-  cell.writer = clock.thread;
-  cell.write_epoch = clock.epoch;
-  cell.write_warp_epoch = clock.warp_epoch;
-  cell.atomic = atomic;
-  cell.in_flight = false;
+void note_plain_write(const SharedBytes& range, const Actor& actor, const Where& where,
+                      bool in_flight) {
+  Access access(range, actor, where);
+  access.each([&](Cell& cell) {
+    access.must_know_writer(cell);
+    access.must_know_readers(cell);
+    access.write(cell, false, in_flight);
+  });
 }
 
 }  // namespace
 
-void note_read(Cell& cell, std::ptrdiff_t index, const std::source_location& where) {
-  const Clock clock = now();
-  if (cell.block != clock.block) {
-    fault(FaultKind::uninitialised, where, element(index) + " was never written");
-  }
-  refuse_in_flight(cell, index, clock, where);
-  if (!write_is_ordered(cell, clock)) {
-    fault(FaultKind::race, where,
-          element(index) + " was written by thread " + std::to_string(cell.writer) +
-              " with no barrier since");
-  }
-  const bool first_since_barrier = cell.read_block != clock.block || cell.read_epoch != clock.epoch;
-  if (first_since_barrier) {
-    cell.reader = clock.thread;
-  } else if (cell.reader != clock.thread && cell.reader != kSeveralWarps) {
-    const std::int32_t warp =
-        cell.reader >= 0 ? warp_of(cell.reader) : kSeveralOfAWarp - cell.reader;
-    cell.reader = warp == warp_of(clock.thread) ? kSeveralOfAWarp - warp : kSeveralWarps;
-  }
-  cell.read_block = clock.block;
-  cell.read_epoch = clock.epoch;
-  cell.read_warp_epoch = clock.warp_epoch;
+Actor running_thread() {
+  const Thread& thread = Machine::instance().thread();
+  return {thread.now(), thread.clock};
 }
 
-void note_write(Cell& cell, std::ptrdiff_t index, const std::source_location& where) {
-  write(cell, index, where, false);
+void note_read(const SharedBytes& range, const Actor& actor, const Where& where) {
+  Access access(range, actor, where);
+  access.each([&](Cell& cell) {
+    access.must_be_written(cell);
+    access.must_know_writer(cell);
+    access.read(cell);
+  });
 }
 
-void note_atomic(Cell& cell, std::ptrdiff_t index, const std::source_location& where) {
-  if (cell.block != Machine::instance().block_number()) {
-    fault(FaultKind::uninitialised, where, element(index) + " was never written");
+void note_write(const SharedBytes& range, const Actor& actor, const Where& where) {
+  note_plain_write(range, actor, where, false);
+}
+
+void note_start(const SharedBytes& range, const Actor& actor, const Where& where) {
+  note_plain_write(range, actor, where, true);
+}
+
+void note_atomic(const SharedBytes& range, const Actor& actor, const Where& where) {
+  Access access(range, actor, where);
+  access.each([&](Cell& cell) {
+    access.must_be_written(cell);
+    if (!cell.atomic) access.must_know_writer(cell);
+    access.must_know_readers(cell);
+    access.write(cell, true, false);
+  });
+}
+
+void note_arrival(const SharedBytes& range, const Moment& moment) {
+  for (int c = 0; c < range.cell_count; ++c) {
+    Cell& cell = range.cells[c];
+    cell.writer = static_cast<std::int16_t>(moment.actor);
+    cell.write_time = moment.time;
+    cell.in_flight = false;
   }
-  write(cell, index, where, true);
-}
-
-void note_copy(Cell& cell, std::ptrdiff_t index, const std::source_location& where) {
-  write(cell, index, where, false);
-  cell.in_flight = true;
-}
-
-void note_arrival(Cell& cell) {
-  const Clock clock = now();
-  cell.write_epoch = clock.epoch;
-  cell.write_warp_epoch = clock.warp_epoch;
-  cell.in_flight = false;
 }
 
 DynamicMemory& dynamic_memory() {

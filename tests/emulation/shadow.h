@@ -1,28 +1,27 @@
-// What the emulator remembers of an element of shared memory: who wrote it, who read it, when.
+// What the emulator remembers of an element of memory: who wrote it, who read it, when (clock.h).
 //
-// Two accesses by different threads, one of them a write, are ordered by a barrier of the block
-// between them or, within a warp, by a barrier of the warp; otherwise they race. (A shuffle orders
-// no memory.) Since a block's barriers are met by all its threads, their number is a clock that all
-// share, and a warp's own barriers are a second one.
+// Two accesses by different actors, one of them a write, race unless the later one's actor knew of
+// the earlier. Since threads run one after another here, this finds a missing barrier whatever the
+// order in which they happened to come.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <source_location>
 
+#include "clock.h"
+
 namespace emulation {
 
 struct Cell {
-  std::uint32_t block = 0;  // in which it was written; 0: never
-  std::int32_t writer = 0;  // thread
-  std::uint32_t write_epoch = 0;
-  std::uint32_t write_warp_epoch = 0;
-  std::int32_t reader = 0;  // thread, or one of the two below
-  std::uint32_t read_block = 0;
-  std::uint32_t read_epoch = 0;
-  std::uint32_t read_warp_epoch = 0;
+  std::uint32_t block = 0;       // in which what follows was noted; 0: never
+  std::uint32_t write_time = 0;  // 0: not written in that block
+  std::uint32_t readers = 0;     // since the last write (readers.h)
+  std::int16_t writer = 0;
   bool atomic = false;     // the last write
-  bool in_flight = false;  // the last write is an asynchronous copy that nobody waited for yet
+  bool in_flight = false;  // the last write is an asynchronous copy that has not arrived
+
+  friend bool operator==(const Cell&, const Cell&) = default;
 };
 
 // A part of shared memory, in bytes and in cells.
@@ -31,16 +30,26 @@ struct SharedBytes {
   int size;
   Cell* cells;
   int cell_count;
-  std::ptrdiff_t index;  // of the first element, for messages
+  int index;     // of the first element
+  int elements;  // for messages
 };
 
-void note_read(Cell& cell, std::ptrdiff_t index, const std::source_location& where);
-void note_write(Cell& cell, std::ptrdiff_t index, const std::source_location& where);
-void note_atomic(Cell& cell, std::ptrdiff_t index, const std::source_location& where);
-// An asynchronous copy starts, as a write does, and is there at the wait of the thread that started
-// it.
-void note_copy(Cell& cell, std::ptrdiff_t index, const std::source_location& where);
-void note_arrival(Cell& cell);
+// Who touches memory, and what it knows.
+struct Actor {
+  Moment now;
+  const Clock& clock;
+};
+Actor running_thread();
+
+using Where = std::source_location;
+
+void note_read(const SharedBytes& range, const Actor& actor, const Where& where);
+void note_write(const SharedBytes& range, const Actor& actor, const Where& where);
+void note_atomic(const SharedBytes& range, const Actor& actor, const Where& where);
+// An asynchronous copy starts, as a write does; until it arrives, nobody may touch the range. It
+// arrives as a write of that moment.
+void note_start(const SharedBytes& range, const Actor& actor, const Where& where);
+void note_arrival(const SharedBytes& range, const Moment& moment);
 
 // The block's dynamic shared memory, a cell for each byte.
 struct DynamicMemory {

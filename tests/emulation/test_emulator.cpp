@@ -186,6 +186,62 @@ void test_warp_barriers() {
                "uninitialised");
 }
 
+// ---- what else orders memory hands clocks on ----
+
+// Thread 0 hands over to 32, which is in another warp, which hands over to 64.
+template <bool kSecondAcquires>
+__global__ void relay_kernel(Global<int> out, emulation::Clock* first, emulation::Clock* second) {
+  __shared__ SharedArray<int, 1> value;
+  const int t = thread_index();
+  if (t == 0) {
+    value.store(0, 42);
+    machine().release(*first);
+  }
+  if (t == 32) {
+    machine().acquire(*first);
+    machine().release(*second);
+  }
+  if (t == 64) {
+    if (kSecondAcquires) machine().acquire(*second);
+    out.store(0, value.load(0));
+    value.store(0, 43);
+  }
+}
+
+// Who read must hand over before another writes: all three, not the last of them alone.
+template <int kHandOver>
+__global__ void readers_kernel(Global<int> out, emulation::Clock* empty) {
+  __shared__ SharedArray<int, 1> value;
+  const int t = thread_index();
+  if (t == 0) value.store(0, 1);
+  sync_block();
+  if (t < 3) {
+    out.store(t, value.load(0));
+    if (t < kHandOver) machine().release(*empty);
+  }
+  if (t == 3) {
+    machine().acquire(*empty);
+    value.store(0, 2);
+  }
+}
+
+void test_clocks() {
+  std::vector<int> out(4);
+  const Global<int> global(out.data(), 4);
+  emulation::Clock a, b;
+  const Status relayed = launch(relay_kernel<true>, {.grid = 1, .block = 96}, global, &a, &b);
+  expect(relayed.ok() && out[0] == 42, "a clock handed on twice orders memory", relayed.message);
+  a = b = {};
+  expect_fault(launch(relay_kernel<false>, {.grid = 1, .block = 96}, global, &a, &b), "race",
+               "a clock not taken");
+  a = {};
+  const Status handed = launch(readers_kernel<3>, {.grid = 1, .block = 4}, global, &a);
+  expect(handed.ok(), "a write after all readers handed over", handed.message);
+  a = {};
+  expect_fault(launch(readers_kernel<2>, {.grid = 1, .block = 4}, global, &a), "race",
+               "a write after some readers handed over");
+}
+
 // ---- dynamic shared memory, atomics ----
 
 __global__ void histogram_kernel(Global<const std::uint8_t> x, Global<int> out, int declared) {
@@ -288,6 +344,7 @@ int main() {
   test_sums_and_mutants();
   test_warp_words();
   test_warp_barriers();
+  test_clocks();
   test_dynamic_shared_memory();
   test_counters();
   test_seeds();

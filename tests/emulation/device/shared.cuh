@@ -36,27 +36,29 @@ class Shared {
     store_as(i, value, where);
   }
   T atomic_add(int i, T value, const Where& where = Where::current()) const {
-    touch<T>(i, where, emulation::note_atomic);
+    emulation::note_atomic(bytes_of<T>(i, where), emulation::running_thread(), where);
     const T before = data_[i];
     data_[i] = static_cast<T>(before + value);
     return before;
   }
 
-  // The V at element i, which the word whose twin asks for it will read or write.
+  // The V at element i, which is about to be read or written.
   template <class V>
   [[nodiscard]] emulation::SharedBytes bytes_of(int i, const Where& where) const {
     constexpr int kElements = static_cast<int>(sizeof(V) / sizeof(T));
     check<V>(i, where);
-    return {reinterpret_cast<unsigned char*>(data_ + i), static_cast<int>(sizeof(V)),
-            cells_ + i * stride_, kElements * stride_, i};
+    return {reinterpret_cast<unsigned char*>(data_ + i),
+            static_cast<int>(sizeof(V)),
+            cells_ + i * stride_,
+            kElements * stride_,
+            i,
+            kElements};
   }
 
  private:
-  using Note = void (*)(emulation::Cell&, std::ptrdiff_t, const Where&);
-
   template <class V>
   V load_as(int i, const Where& where) const {
-    touch<V>(i, where, emulation::note_read);
+    emulation::note_read(bytes_of<V>(i, where), emulation::running_thread(), where);
     V value;
     std::memcpy(&value, data_ + i, sizeof value);
     return value;
@@ -64,16 +66,8 @@ class Shared {
 
   template <class V>
   void store_as(int i, const V& value, const Where& where) const {
-    touch<V>(i, where, emulation::note_write);
+    emulation::note_write(bytes_of<V>(i, where), emulation::running_thread(), where);
     std::memcpy(data_ + i, &value, sizeof value);
-  }
-
-  template <class V>
-  void touch(int i, const Where& where, Note note) const {
-    constexpr int kElements = static_cast<int>(sizeof(V) / sizeof(T));
-    check<V>(i, where);
-    for (int c = i * stride_; c < (i + kElements) * stride_; ++c)
-      note(cells_[c], c / stride_, where);
   }
 
   template <class V>
