@@ -4,8 +4,10 @@
 //   const auto tile = dynamic_shared<float>(offset, n);   of the launch's dynamic_shared bytes
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
+#include "device/global.cuh"
 #include "device/vec.cuh"
 
 namespace qlora::cuda {
@@ -19,11 +21,13 @@ class Shared {
   __device__ void store(int i, T value) const { data_[i] = value; }
   template <int N>
   [[nodiscard]] __device__ Vec<T, N> load_vec(int i) const {
-    return *reinterpret_cast<const Vec<T, N>*>(data_ + i);
+    using W = typename detail::Word<sizeof(Vec<T, N>)>::type;
+    return std::bit_cast<Vec<T, N>>(*reinterpret_cast<const W*>(data_ + i));
   }
   template <int N>
   __device__ void store_vec(int i, const Vec<T, N>& value) const {
-    *reinterpret_cast<Vec<T, N>*>(data_ + i) = value;
+    using W = typename detail::Word<sizeof(value)>::type;
+    *reinterpret_cast<W*>(data_ + i) = std::bit_cast<W>(value);
   }
   // atom.shared.add: what was there before.
   __device__ T atomic_add(int i, T value) const { return atomicAdd(data_ + i, value); }
