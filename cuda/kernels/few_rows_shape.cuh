@@ -45,7 +45,8 @@ struct FewRowsShape {
   // Fragments of a block's sums, a lane's part of each: four values.
   static constexpr int kSums = kRowWarps * kFragments * kWarpSize;
   static_assert(kUnit == 64 || kUnit == 32);
-  static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4 || kTiles == 8);
+  // Units of 32 for 64 columns would take more than a thread's 255 registers.
+  static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4 || (kTiles == 8 && kUnit == 64));
 };
 
 // Where a thread stands in its block.

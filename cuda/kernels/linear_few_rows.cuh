@@ -132,7 +132,8 @@ __device__ void add_lora(Accumulator (&sums)[kRowTiles][Shape::kTiles],
   }
 }
 
-// sums += scale * (codes of W times x), for a warp's chunk of a step.
+// sums += scale * (codes of W times x), for a warp's chunk of a step. The fragments of W are looked
+// up first, for all columns; so that eight tiles of these fit in the registers.
 template <class Shape, class T>
 __device__ void multiply_chunk(Accumulator (&sums)[kRowTiles][Shape::kTiles],
                                Shared<std::uint8_t> table, const CodeRing<Shape>& codes,
@@ -140,37 +141,36 @@ __device__ void multiply_chunk(Accumulator (&sums)[kRowTiles][Shape::kTiles],
                                int step_of_panel) {
 #pragma unroll
   for (int unit = 0; unit < Shape::kUnitsOfChunk; ++unit) {
-    FragmentB b[Shape::kTiles][Shape::kMmasOfUnit];
-#pragma unroll
-    for (int tile = 0; tile < Shape::kTiles; ++tile) {
-      x.load(b[tile], stage, tile, unit);
-    }
+    FragmentA a[kRowTiles][Shape::kMmasOfUnit];
+    float upper_scale[kRowTiles], lower_scale[kRowTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       const auto upper = codes.load(stage, 2 * i, unit);
       const auto lower = codes.load(stage, 2 * i + 1, unit);
-      Accumulator of_unit[Shape::kTiles]{};
 #pragma unroll
       for (int s = 0; s < Shape::kMmasOfUnit; ++s) {
-        const std::uint32_t upper_codes = upper.value[s / 2], lower_codes = lower.value[s / 2];
         const int byte = s % 2 * 2;
-        const FragmentA a{{look_up_pair(table, upper_codes, byte),
-                           look_up_pair(table, lower_codes, byte),
-                           look_up_pair(table, upper_codes, byte + 1),
-                           look_up_pair(table, lower_codes, byte + 1)}};
-#pragma unroll
-        for (int tile = 0; tile < Shape::kTiles; ++tile) {
-          mma_m16n8k16<T>(of_unit[tile], a, b[tile][s]);
-        }
+        a[i][s] = {{look_up_pair(table, upper.value[s / 2], byte),
+                    look_up_pair(table, lower.value[s / 2], byte),
+                    look_up_pair(table, upper.value[s / 2], byte + 1),
+                    look_up_pair(table, lower.value[s / 2], byte + 1)}};
       }
-      const float upper_scale = scales.load(step_of_panel, unit, 2 * i);
-      const float lower_scale = scales.load(step_of_panel, unit, 2 * i + 1);
+      upper_scale[i] = scales.load(step_of_panel, unit, 2 * i);
+      lower_scale[i] = scales.load(step_of_panel, unit, 2 * i + 1);
+    }
 #pragma unroll
-      for (int tile = 0; tile < Shape::kTiles; ++tile) {
+    for (int tile = 0; tile < Shape::kTiles; ++tile) {
+      FragmentB b[Shape::kMmasOfUnit];
+      x.load(b, stage, tile, unit);
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        Accumulator of_unit{};
+#pragma unroll
+        for (int s = 0; s < Shape::kMmasOfUnit; ++s) mma_m16n8k16<T>(of_unit, a[i][s], b[s]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           float& sum = sums[i][tile].value[j];
-          sum = std::fma(of_unit[tile].value[j], j < 2 ? upper_scale : lower_scale, sum);
+          sum = std::fma(of_unit.value[j], j < 2 ? upper_scale[i] : lower_scale[i], sum);
         }
       }
     }

@@ -26,19 +26,23 @@ constexpr std::int64_t shared_bytes(std::int64_t m) {
 constexpr std::int64_t kStaticBytes = 1024;
 
 // fn<Shape>() with the fewest columns that hold m and for which a block's shared memory suffices:
-// more columns go with less depth, and so with fewer bytes of x in a stage. Null shape: none.
+// more columns go with less depth, and so with fewer bytes of x in a stage.
 template <int kUnit, class Fn>
 Status with_shape(std::int64_t m, std::int64_t largest_shared, Fn&& fn) {
   Status status{StatusCode::unsupported,
-                "linear_few_rows needs more shared memory for so many rows than this GPU has"};
+                "linear_few_rows needs more shared memory for so many rows than this GPU has, or "
+                "(M > 32) blocks of 64 values in rows of whole ones"};
   const auto try_shape = [&]<int kTiles>() {
     using Shape = FewRowsShape<kTiles, kUnit>;
     if (m > 8 * kTiles || shared_bytes<Shape>(m) + kStaticBytes > largest_shared) return false;
     status = fn.template operator()<Shape>();
     return true;
   };
-  static_cast<void>(try_shape.template operator()<1>() || try_shape.template operator()<2>() ||
-                    try_shape.template operator()<4>() || try_shape.template operator()<8>());
+  const bool done = try_shape.template operator()<1>() || try_shape.template operator()<2>() ||
+                    try_shape.template operator()<4>();
+  if constexpr (kUnit == 64) {
+    if (!done) try_shape.template operator()<8>();
+  }
   return status;
 }
 

@@ -23,7 +23,14 @@ FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false"]
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
 
 # 65,536 registers of a multiprocessor, shared by the threads that tile.cuh wants resident.
-MOST_REGISTERS = {"adamw_kernel": 64, "adamw_8bit_kernel": 64, "mean_kernel": 64}
+# linear_few_rows: its launch bounds hold it to 128 up to 16 columns (two blocks of 256 threads);
+# with more columns one block is resident.
+MOST_REGISTERS = {
+    "adamw_kernel": 64,
+    "adamw_8bit_kernel": 64,
+    "mean_kernel": 64,
+    "linear_few_rows_kernel": 255,
+}
 MOST_REGISTERS_OF_TILES = 40
 
 
@@ -71,6 +78,6 @@ def test_no_kernel_spills_or_uses_local_memory(
     for kernel in kernels:
         most = MOST_REGISTERS.get(kernel.kernel, MOST_REGISTERS_OF_TILES)
         if architecture == "75":  # holds 1024 threads at most: all of them, at 64 registers
-            most = 64
+            most = max(most, 64)
         assert kernel.spilled == 0 and kernel.stack == 0, kernel
         assert kernel.registers <= most, kernel
