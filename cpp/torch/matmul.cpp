@@ -1,20 +1,24 @@
 #include "matmul.h"
 
 #include <array>
+#include <stdexcept>
 
 #include "checks.h"
+#include "torch_symbol.h"
 
 namespace qlora::torch_ops {
 namespace {
 
-using ::torch::stable::detail::from;
-using ::torch::stable::detail::to;
+// aten::addmm.out has numbers among its arguments, which the stable dispatcher call does not take;
+// these shims of torch do, and there is one for each device.
+using AddmmOut = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle addend,
+                                    AtenTensorHandle a, AtenTensorHandle b, double beta,
+                                    double alpha);
 
-template <std::size_t kArguments>
-void call(const char* op, const char* overload, std::array<StableIValue, kArguments> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
-  static_cast<void>(to<Tensor>(stack[0]));  // out once more, to be let go
+AddmmOut addmm_out(bool on_cpu) {
+  static AddmmOut for_cpu = nullptr, for_cuda = nullptr;
+  return on_cpu ? torch_function(for_cpu, "libtorch_cpu.so", "aoti_torch_cpu_addmm_out")
+                : torch_function(for_cuda, "libtorch_cuda.so", "aoti_torch_cuda_addmm_out");
 }
 
 }  // namespace
@@ -22,6 +26,8 @@ void call(const char* op, const char* overload, std::array<StableIValue, kArgume
 void torch_matmul(const Tensor& on, const MatmulParams& p) {
   std::int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(on.get(), &device_type));
+  using ::torch::stable::detail::from;
+  using ::torch::stable::detail::to;
   const auto dtype = to<std::int32_t>(from(scalar_type(p.dtype)));
   // A tensor that looks at memory of somebody else.
   const auto view = [&]<std::size_t kDims>(const void* data,
@@ -41,15 +47,17 @@ void torch_matmul(const Tensor& on, const MatmulParams& p) {
   const Tensor a = matrix(p.a, p.m, p.k);
   const Tensor b = matrix(p.b, p.k, p.n);
   const Tensor out = matrix({.data = p.out, .row_stride = p.out_row_stride}, p.m, p.n);
-  if (p.addend == MatmulParams::Addend::none) {
-    call("aten::mm", "out", std::array{from(a), from(b), from(out)});
-    return;
+  // Without an addend beta is 0: what out holds is then not read.
+  const bool none = p.addend == MatmulParams::Addend::none;
+  const Tensor addend = p.addend == MatmulParams::Addend::bias
+                            ? view(p.bias, std::array{p.n}, std::array<std::int64_t, 1>{1})
+                            : out;
+  const AddmmOut addmm = addmm_out(on.is_cpu());
+  if (addmm == nullptr) {
+    throw std::runtime_error("this torch does not have aoti_torch_*_addmm_out");
   }
-  const Tensor addend = p.addend == MatmulParams::Addend::out
-                            ? out
-                            : view(p.bias, std::array{p.n}, std::array<std::int64_t, 1>{1});
-  call("aten::addmm", "out",
-       std::array{from(addend), from(a), from(b), from(1.0), from(1.0), from(out)});
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      addmm(out.get(), addend.get(), a.get(), b.get(), none ? 0.0 : 1.0, 1.0));
 }
 
 }  // namespace qlora::torch_ops

@@ -7,7 +7,7 @@
 
 namespace qlora::torch_ops {
 
-// aten::mm or aten::addmm into params.out, on the device of `on` and its current stream, under
+// aten::addmm into params.out, on the device of `on` and its current stream, under
 // torch's own settings (TF32, reduced-precision reduction). Throws what torch reports.
 void torch_matmul(const Tensor& on, const MatmulParams& params);
 

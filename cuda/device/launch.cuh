@@ -85,12 +85,9 @@ inline Status architecture(int* number) {
   return status;
 }
 
-// The most shared memory that a block of threads may have on the current device, on request.
+// The most shared memory that a block of threads may have, on request.
 inline Status largest_shared_memory(int* bytes) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return to_status(error);
-  return to_status(cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, bytes);
 }
 
 // Makes a device the current one, and the one before it again at the end.

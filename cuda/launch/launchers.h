@@ -12,6 +12,10 @@ Status quantize_8bit(const Quantize8bitParams& params, const Context& context);
 Status dequantize_8bit(const Dequantize8bitParams& params, const Context& context);
 Status quantize_scales(const QuantizeScalesParams& params, const Context& context);
 Status dequantize_scales(const DequantizeScalesParams& params, const Context& context);
+Status linear_4bit(const LinearParams& params, const Context& context);
+Status linear_4bit_backward_input(const LinearBackwardInputParams& params, const Context& context);
+Status qlora_linear(const QloraLinearParams& params, const Context& context);
+Status qlora_linear_backward(const QloraLinearBackwardParams& params, const Context& context);
 Status adamw_step(const AdamwStepParams& params, const Context& context);
 Status adamw_8bit_step(const Adamw8bitStepParams& params, const Context& context);
 

@@ -1,8 +1,8 @@
 // The ways in which a product with a 4-bit weight can be computed, and which one is taken.
 //
 // Every way computes the same: y = x W^T (+ bias) (+ left right^T), or grad_x = grad_out W (+ the
-// LoRA product, masked). A launcher that cannot serve a case is never asked: `serves` says so
-// beforehand, and a way that was forced on a case it cannot serve is an error.
+// LoRA product, masked). linear_paths.cu has the list of those that are built, what each can serve,
+// and the table that chooses among them.
 #pragma once
 
 #include <cstdint>
@@ -43,5 +43,21 @@ Status backward_input_fma(const LinearBackwardInputParams& p, const LoraTerm* lo
                           const Context& context);
 Status backward_input_plain(const LinearBackwardInputParams& p, const LoraTerm* lora,
                             const Context& context);
+
+// ---- the choice ----
+
+enum class Direction : std::uint8_t { forward, backward_input };
+
+// By the table, or the way that was forced; an error where that one cannot serve the case.
+Status linear_by_any_way(const LinearParams& p, const LoraTerm* lora, const Context& context);
+Status backward_input_by_any_way(const LinearBackwardInputParams& p, const LoraTerm* lora,
+                                 const Context& context);
+
+// From now on that way ("plain", …) in every call of that direction, in the whole process; null: by
+// the table again. False where the name is none of that direction's ways. Before the first call of
+// this, QLORA_CUDA_FORWARD and QLORA_CUDA_BACKWARD in the environment name them.
+bool force_way(Direction direction, const char* name);
+// The name of way i of a direction, or null past the last.
+const char* way_name(Direction direction, int i);
 
 }  // namespace qlora::cuda

@@ -1,16 +1,43 @@
 // qlora_native._emulation: lets the op tests run the CUDA kernels on the emulator, on CPU tensors.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "backend.h"
 #include "counters.h"
+#include "launch/linear_paths.h"
 #include "machine.h"
 #include "qlora_native/runtime.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using qlora::cuda::Direction;
+
+Direction direction(const std::string& name) {
+  if (name == "forward") return Direction::forward;
+  if (name == "backward_input") return Direction::backward_input;
+  throw py::value_error("direction must be 'forward' or 'backward_input', got '" + name + "'");
+}
+
+void force_way(const std::string& of, const std::optional<std::string>& name) {
+  if (!qlora::cuda::force_way(direction(of), name ? name->c_str() : nullptr)) {
+    throw py::value_error("no such way: '" + *name + "'");
+  }
+}
+
+std::vector<std::string> ways(const std::string& of) {
+  std::vector<std::string> names;
+  for (int i = 0; const char* name = qlora::cuda::way_name(direction(of), i); ++i) {
+    names.emplace_back(name);
+  }
+  return names;
+}
 
 void use(bool on) { qlora::serve_host_tensors_by(on ? &qlora::cuda::backend() : nullptr); }
 
@@ -46,6 +73,9 @@ PYBIND11_MODULE(_emulation, m) {
       "set_architecture",
       [](int number) { emulation::Machine::instance().set_architecture(number); },
       py::arg("number"), "Pretend to be a card of that compute capability: 75, 80, …, 120.");
+  m.def("ways", &ways, py::arg("direction"), "The ways in which a 4-bit product can be computed.");
+  m.def("force_way", &force_way, py::arg("direction"), py::arg("name").none(true),
+        "Take that way in each call from now on; None: the table chooses again.");
   m.def("count", &count, py::arg("on"), "Start counting from zero, or stop.");
   m.def("counts", &counts, "What the launches since then moved (counters.h).");
 }

@@ -30,7 +30,9 @@ MOST_REGISTERS = {
     "adamw_8bit_kernel": 64,
     "mean_kernel": 64,
     "linear_few_rows_kernel": 255,
+    "linear_fma_kernel": 128,  # two blocks of 256 threads
 }
+HOST_ONLY = {"backend", "linear_4bit", "linear_paths", "qlora_linear"}
 MOST_REGISTERS_OF_TILES = 40
 
 
@@ -74,7 +76,7 @@ def test_no_kernel_spills_or_uses_local_memory(
     unit: Path, architecture: str, tmp_path: Path
 ) -> None:
     kernels = resources(unit, architecture, tmp_path)
-    assert kernels or unit.stem == "backend", "ptxas reported no kernel"
+    assert kernels or unit.stem in HOST_ONLY, "ptxas reported no kernel"
     for kernel in kernels:
         most = MOST_REGISTERS.get(kernel.kernel, MOST_REGISTERS_OF_TILES)
         if architecture == "75":  # holds 1024 threads at most: all of them, at 64 registers

