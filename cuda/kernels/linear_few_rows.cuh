@@ -21,12 +21,13 @@
 //
 // Rounding. A scale multiplies the fp32 sum over its unit of 64 (32) values, not the values:
 //
-//   y[m, n] = sum over units u of   scale[n, u] * sum over k in u of x[m, k] * T(codebook[code])
+//   y[m, n] = sum over units u of   f scale[n, u] * sum over k in u of x[m, k] * T(codebook[code] /
+//   f)
 //
 // To round codebook * scale for each value, as bitsandbytes does, takes two products and a
 // conversion for a byte more, and 8-byte look-ups: 12 bytes of shared memory for a byte of codes,
-// 70 % of an H100's rate and half of an H200's. It would not be more exact either: the codebook's
-// rounding errs less than that of 16 products (docs/numerics.md). Scales stay fp32.
+// 70 % of an H100's rate and half of an H200's. It would be less exact, too: f is chosen so that
+// the 16 quotients err little when they are rounded (docs/numerics.md). Scales stay fp32.
 //
 // Data path: HBM -> cp.async -> ring (code_ring.cuh) -> 8 bytes of codes a lane and row -> pair
 // table -> A fragments; x takes the same way into B fragments; mma -> fp32 sums of a unit -> fma by

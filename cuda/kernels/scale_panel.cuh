@@ -30,6 +30,7 @@ struct FewRowsScales {
   // one access may load.
   bool fours;
   int log2_blocksize;
+  float factor;  // what the codebook was divided by (launch/codebook_factor.h)
 };
 
 template <class Shape>
@@ -97,6 +98,8 @@ class ScalePanel {
         scales.value[i] = scaled + offset;
       }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scales.value[i] *= from_.factor;
     const int row = thread_index() / kFours, first = thread_index() % kFours * 4;
     memory_.template store_vec<4>(row * kUnits + (first ^ exchange(row)), scales);
   }

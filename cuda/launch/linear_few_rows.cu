@@ -1,6 +1,7 @@
 // The product for few rows: which shape, how many blocks share the depth, launches.
 #include "device/launch.cuh"
 #include "kernels/linear_few_rows.cuh"
+#include "launch/codebook_factor.h"
 #include "launch/linear_few_rows.h"
 #include "launch/linear_paths.h"
 #include "launch/tiles.h"
@@ -9,7 +10,6 @@
 namespace qlora::cuda {
 namespace {
 
-constexpr std::int64_t kMostRows = 64;
 constexpr std::int64_t kMostDepth = std::int64_t{1} << 30;  // depths are 32 bits wide in the kernel
 
 // A unit of 64 where each lies in one block of values: rows of whole units, blocks of whole units.
@@ -26,32 +26,28 @@ constexpr std::int64_t shared_bytes(std::int64_t m) {
 constexpr std::int64_t kStaticBytes = 1024;
 
 // fn<Shape>() with the fewest columns that hold m and for which a block's shared memory suffices:
-// more columns go with less depth, and so with fewer bytes of x in a stage.
+// more columns go with less depth, and so with fewer bytes of x in a stage. False: there are none.
 template <int kUnit, class Fn>
-Status with_shape(std::int64_t m, std::int64_t largest_shared, Fn&& fn) {
-  Status status{StatusCode::unsupported,
-                "linear_few_rows needs more shared memory for so many rows than this GPU has, or "
-                "(M > 32) blocks of 64 values in rows of whole ones"};
+bool with_shape(std::int64_t m, Fn&& fn) {
+  int largest_shared = 0;
+  if (!largest_shared_memory(&largest_shared).ok()) return false;
   const auto try_shape = [&]<int kTiles>() {
     using Shape = FewRowsShape<kTiles, kUnit>;
     if (m > 8 * kTiles || shared_bytes<Shape>(m) + kStaticBytes > largest_shared) return false;
-    status = fn.template operator()<Shape>();
+    fn.template operator()<Shape>();
     return true;
   };
-  const bool done = try_shape.template operator()<1>() || try_shape.template operator()<2>() ||
-                    try_shape.template operator()<4>();
-  if constexpr (kUnit == 64) {
-    if (!done) try_shape.template operator()<8>();
+  if (try_shape.template operator()<1>() || try_shape.template operator()<2>() ||
+      try_shape.template operator()<4>()) {
+    return true;
   }
-  return status;
+  if constexpr (kUnit == 64) return try_shape.template operator()<8>();
+  return false;
 }
 
 template <class Fn>
-Status with_shape(const LinearParams& p, Fn&& fn) {
-  int largest_shared = 0;
-  if (const Status status = largest_shared_memory(&largest_shared); !status.ok()) return status;
-  if (has_wide_units(p.weight)) return with_shape<64>(p.m, largest_shared, fn);
-  return with_shape<32>(p.m, largest_shared, fn);
+bool with_shape(const Weight4bit& weight, std::int64_t m, Fn&& fn) {
+  return has_wide_units(weight) ? with_shape<64>(m, fn) : with_shape<32>(m, fn);
 }
 
 // How the depth is shared out.
@@ -71,7 +67,7 @@ Split choose_split(std::int64_t row_sets, std::int64_t steps, std::int64_t proce
   constexpr std::int64_t kStepBytes = Shape::kRows * Shape::kDepth / 2;
   Split best{1, steps};
   std::int64_t least = ceil_div(row_sets, processors) * steps;
-  for (std::int64_t splits = 2; splits <= kMostSplits; ++splits) {
+  for (std::int64_t splits = 2; splits <= kMostSplits && splits <= steps; ++splits) {
     const std::int64_t share = ceil_div(ceil_div(steps, splits), kPanel) * kPanel;
     if (ceil_div(steps, share) != splits) continue;  // some would have nothing to do
     const std::int64_t turns = ceil_div(row_sets * splits, processors);
@@ -90,7 +86,8 @@ FewRowsScales scales_of(const Weight4bit& weight, std::int64_t unit) {
   FewRowsScales s{.scales = device_scales(weight.scales, n_blocks(values, weight.blocksize)),
                   .is_double = weight.scales.double_quantized(),
                   .fours = false,
-                  .log2_blocksize = log2_of(weight.blocksize)};
+                  .log2_blocksize = log2_of(weight.blocksize),
+                  .factor = 1.0f};
   const bool aligned = s.is_double ? s.scales.absmax_q8.aligned(4) : s.scales.absmax.aligned(16);
   s.fours = aligned && weight.blocksize == unit && weight.cols % (4 * unit) == 0;
   return s;
@@ -132,7 +129,8 @@ Status run(const LinearParams& p, const LoraTerm* lora, const Context& context) 
                  .out = {static_cast<T*>(p.out), p.m * w.rows}},
       .partials = {partials, n_partials},
       .values = {}};
-  for (int i = 0; i < 16; ++i) a.values[i] = w.format.values[i];
+  a.scales.factor = codebook_factor<T>(w.format);
+  for (int i = 0; i < 16; ++i) a.values[i] = w.format.values[i] / a.scales.factor;
   const Status status =
       launch(linear_few_rows_kernel<Shape, T>,
              {.grid = row_sets * split.splits,
@@ -153,31 +151,24 @@ Status run(const LinearParams& p, const LoraTerm* lora, const Context& context) 
 
 }  // namespace
 
-Status linear_few_rows_serves(const LinearParams& p) {
+bool linear_few_rows_serves(DType dtype, std::int64_t m, const Weight4bit& weight, const void* x) {
   const auto aligned = [](const void* data) {
     return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
   };
-  if (p.dtype == DType::float32) {
-    return {StatusCode::unsupported, "linear_few_rows multiplies 16-bit activations alone"};
-  }
-  if (p.m > kMostRows) return {StatusCode::unsupported, "linear_few_rows takes 64 rows at most"};
-  if (p.weight.cols % kCodePiece != 0 || p.weight.cols > kMostDepth) {
-    return {StatusCode::unsupported,
-            "linear_few_rows needs K to be a multiple of 32, and at most 2^30"};
-  }
-  if (!aligned(p.weight.packed) || !aligned(p.x)) {
-    return {StatusCode::unsupported, "linear_few_rows needs W and x at multiples of 16 bytes"};
-  }
-  return with_shape(p, []<class>() -> Status { return {}; });
+  return dtype != DType::float32 && weight.cols % kCodePiece == 0 && weight.cols <= kMostDepth &&
+         aligned(weight.packed) && aligned(x) && with_shape(weight, m, []<class>() {});
 }
 
 Status linear_few_rows(const LinearParams& p, const LoraTerm* lora, const Context& context) {
-  if (const Status status = linear_few_rows_serves(p); !status.ok()) return status;
   if (p.m == 0 || p.weight.rows == 0) return {};
-  return with_shape(p, [&]<class Shape>() {
-    return p.dtype == DType::float16 ? run<Shape, Float16>(p, lora, context)
-                                     : run<Shape, BFloat16>(p, lora, context);
-  });
+  Status status;
+  const bool serves = linear_few_rows_serves(p.dtype, p.m, p.weight, p.x) &&
+                      with_shape(p.weight, p.m, [&]<class Shape>() {
+                        status = p.dtype == DType::float16 ? run<Shape, Float16>(p, lora, context)
+                                                           : run<Shape, BFloat16>(p, lora, context);
+                      });
+  if (serves) return status;
+  return {StatusCode::unsupported, "linear_few_rows does not serve this case"};
 }
 
 }  // namespace qlora::cuda

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "device/launch.cuh"
+#include "launch/linear_few_rows.h"
 #include "launch/linear_paths.h"
 
 namespace qlora::cuda {
@@ -32,7 +33,12 @@ struct Way {
   Status (*run)(const Params&, const LoraTerm*, const Context&);
 };
 
+bool few_rows_serves(const Case& c) {
+  return linear_few_rows_serves(c.dtype, c.m, *c.weight, c.activations);
+}
+
 constexpr Way<LinearParams> kForwardWays[] = {
+    {"few_rows", few_rows_serves, linear_few_rows},
     {"fma", any_case, linear_fma},
     {"plain", any_case, linear_plain},
 };
@@ -54,6 +60,11 @@ struct Choice {
 };
 
 constexpr Choice kForwardChoices[] = {
+    {.way = "few_rows",
+     .from_architecture = 80,
+     .to_m = 64,
+     .reason = "streams 0.5 bytes a weight once, on the tensor cores; up to 64 rows that is what "
+               "limits it, or nearly"},
     {.way = "fma",
      .to_m = 16,
      .reason = "reads 0.56 bytes a weight where the plain way moves 4.56 through the L2 cache and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -37,6 +38,17 @@ def force_way() -> Iterator[ForceWay]:
     emulation.use(False)
 
 
+@contextmanager
+def skip_what_it_refuses(way: str) -> Iterator[None]:
+    """A way that serves some cases alone says so; which it must serve, its own tests say."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not serve" not in str(error):
+            raise
+        pytest.skip(f"{way} does not serve this case")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("way", emulation.ways("forward"))
@@ -47,8 +59,10 @@ def test_forward(force_way: ForceWay, way: str, name: str, dtype: torch.dtype) -
     force_way("forward", way)
     for m in case.m:
         x = rand(m, case.k, seed=2, dtype=dtype)
+        with skip_what_it_refuses(way):
+            y = ops.linear_4bit(x, *weight.parts, case.n, case.blocksize, case.format, bias)
         assert_as_exact_as_plain(
-            ops.linear_4bit(x, *weight.parts, case.n, case.blocksize, case.format, bias),
+            y,
             torch.addmm(bias, x, weight.rounded(dtype).T),
             x.double() @ weight.exact.T + bias.double(),
             x.double().abs() @ weight.exact.abs().T + bias.double().abs(),
@@ -65,10 +79,12 @@ def test_backward_input(force_way: ForceWay, way: str, name: str, dtype: torch.d
     force_way("backward_input", way)
     for m in case.m:
         grad_out = rand(m, case.n, seed=3, dtype=dtype)
-        assert_as_exact_as_plain(
-            ops.linear_4bit_backward_input(
+        with skip_what_it_refuses(way):
+            grad_x = ops.linear_4bit_backward_input(
                 grad_out, *weight.parts, case.k, case.blocksize, case.format
-            ),
+            )
+        assert_as_exact_as_plain(
+            grad_x,
             grad_out @ weight.rounded(dtype),
             grad_out.double() @ weight.exact,
             grad_out.double().abs() @ weight.exact.abs(),
@@ -85,7 +101,8 @@ def test_a_view_that_begins_anywhere(force_way: ForceWay, way: str, offset: int)
     packed.copy_(weight.packed.flatten())
     x = torch.zeros(3 * case.k + offset)[offset:].view(3, case.k).copy_(rand(3, case.k, seed=4))
     force_way("forward", way)
-    y = ops.linear_4bit(x, packed, *weight.parts[1:], case.n, case.blocksize, case.format, None)
+    with skip_what_it_refuses(way):
+        y = ops.linear_4bit(x, packed, *weight.parts[1:], case.n, case.blocksize, case.format, None)
     assert_as_exact_as_plain(
         y,
         x @ weight.rounded(x.dtype).T,

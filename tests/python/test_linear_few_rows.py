@@ -1,0 +1,155 @@
+"""The CUDA kernel for few rows (cuda/kernels/linear_few_rows.cuh), on the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_cases import Case, Weight, assert_as_exact_as_plain, make_weight, rand
+from qlora_native import ops
+
+emulation = pytest.importorskip(
+    "qlora_native._emulation", reason="not a build with QLORA_EMULATION=ON"
+)
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+# Each shape of the kernel (8, 16, 32, 64 columns), its tails of rows, columns and depth, units of
+# 64 and of 32 values, scales one by one and in fours, and depths that blocks share.
+CASES = {
+    "a_step_and_a_tail": Case(n=40, k=576, m=(1, 3, 8)),
+    "all_shapes": Case(n=70, k=320, m=(2, 9, 17, 33, 64), format="fp4"),
+    "units_of_32": Case(n=45, k=96, m=(1, 12, 32), blocksize=32),
+    "half_a_unit_over": Case(n=33, k=608, m=(5,)),
+    "blocks_across_rows": Case(n=19, k=96, m=(4, 9), blocksize=256),
+    "one_block_larger_than_w": Case(n=9, k=64, m=(1, 8), blocksize=4096),
+    "plain_scales": Case(n=33, k=256, m=(4, 31), blocksize=128, double_quant=False),
+    "plain_scales_in_fours": Case(n=40, k=2560, m=(3,), double_quant=False),
+    "scales_in_fours": Case(n=70, k=2304, m=(2, 12)),
+    "shared_depth": Case(n=9, k=16384 + 64, m=(2,)),
+    "shared_depth_more_columns": Case(n=130, k=8192, m=(20,)),
+}
+
+
+@pytest.fixture(autouse=True)
+def few_rows() -> Iterator[None]:
+    emulation.use(True)
+    emulation.force_way("forward", "few_rows")
+    yield
+    emulation.force_way("forward", None)
+    emulation.count(False)
+    emulation.set_seed(0)
+    emulation.use(False)
+
+
+def multiply(x: Tensor, weight: Weight, case: Case, bias: Tensor | None = None) -> Tensor:
+    return ops.linear_4bit(x, *weight.parts, case.n, case.blocksize, case.format, bias)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_as_exact_as_the_plain_path(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    weight = make_weight(case)
+    bias = rand(case.n, seed=1, dtype=dtype)
+    for m in case.m:
+        x = rand(m, case.k, seed=2, dtype=dtype)
+        assert_as_exact_as_plain(
+            multiply(x, weight, case, bias),
+            torch.addmm(bias, x, weight.rounded(dtype).T),
+            x.double() @ weight.exact.T + bias.double(),
+            x.double().abs() @ weight.exact.abs().T + bias.double().abs(),
+            f"M={m}",
+        )
+
+
+@DTYPES
+@pytest.mark.parametrize(("format", "units"), [("nf4", 0.53), ("fp4", 0.01)])
+@pytest.mark.parametrize("size", [1.0, 2.0**-18])
+def test_its_error_is_the_codebooks_rounding(
+    size: float, format: str, units: float, dtype: torch.dtype
+) -> None:
+    """docs/numerics.md: a value errs by its code's rounding, so many units of roundoff relative to
+    itself, whatever its scale: small weights lose nothing to fp16's subnormals."""
+    case = Case(n=48, k=1024, m=(), format=format, double_quant=False)
+    weight = make_weight(case)
+    scales = weight.absmax * size
+    exact = weight.exact * size
+    x = rand(4, case.k, seed=3, dtype=dtype)
+    y = ops.linear_4bit(x, weight.packed, scales, None, None, case.n, 64, format, None)
+    wanted, magnitude = x.double() @ exact.T, x.double().abs() @ exact.abs().T
+    roundoff = torch.finfo(dtype).eps / 2
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    allowed = units * roundoff + 4 * torch.finfo(torch.float32).eps
+    result = roundoff * wanted.abs() * (1 + allowed) + smallest / 2
+    assert ((y.double() - wanted).abs() <= allowed * magnitude + result).all()
+
+
+def test_the_order_of_threads_and_blocks_does_not_matter() -> None:
+    case = CASES["shared_depth"]
+    weight = make_weight(case)
+    x = rand(2, case.k, seed=4, dtype=torch.bfloat16)
+    results = []
+    for seed in range(3):
+        emulation.set_seed(seed)
+        results.append(multiply(x, weight, case))
+    assert all(torch.equal(y, results[0]) for y in results[1:])
+
+
+def test_nan_stays_in_its_row() -> None:
+    case = Case(n=40, k=576, m=())
+    weight = make_weight(case)
+    x = rand(5, case.k, seed=5, dtype=torch.bfloat16)
+    clean = multiply(x, weight, case)
+    x[3, 7] = float("nan")
+    y = multiply(x, weight, case)
+    assert torch.isnan(y[3]).all()
+    rest = [0, 1, 2, 4]
+    assert torch.equal(y[rest], clean[rest])
+
+
+@pytest.mark.parametrize(
+    ("case", "m", "dtype", "offset"),
+    [
+        pytest.param(Case(n=8, k=64, m=()), 65, torch.bfloat16, 0, id="65 rows"),
+        pytest.param(Case(n=8, k=80, m=()), 1, torch.bfloat16, 0, id="K is no multiple of 32"),
+        pytest.param(Case(n=8, k=64, m=()), 1, torch.float32, 0, id="fp32"),
+        pytest.param(Case(n=8, k=64, m=()), 1, torch.bfloat16, 1, id="x is not aligned"),
+        pytest.param(Case(n=8, k=96, m=(), blocksize=32), 33, torch.bfloat16, 0, id="units of 32"),
+    ],
+)
+def test_what_it_refuses(case: Case, m: int, dtype: torch.dtype, offset: int) -> None:
+    weight = make_weight(case)
+    x = torch.zeros(m * case.k + offset, dtype=dtype)[offset:].view(m, case.k)
+    with pytest.raises(RuntimeError, match="does not serve"):
+        multiply(x, weight, case)
+
+
+# 4096 is a depth of many steps whose scales are whole sectors. The least is W with its scales,
+# once, and the result. x (8 kB a row) is read by each block of 32 rows, out of the second-level
+# cache. The map of double-quantized scales is looked up once for 64 values, at whatever banks those
+# lie.
+@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize("double_quant", [True, False], ids=["double-quantized", "plain scales"])
+def test_it_streams_the_weight_once_without_bank_conflicts(
+    double_quant: bool, m: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(n=64, k=4096, m=(), double_quant=double_quant)
+    weight = make_weight(case)
+    x = rand(m, case.k, seed=6, dtype=torch.bfloat16)
+    emulation.count(True)
+    multiply(x, weight, case)
+    counts = emulation.counts()
+    values = case.n * case.k
+    scales = 1 + 4 / 256 if double_quant else 4
+    least = values / 2 + values / 64 * scales + 2 * m * case.n
+    x_bytes = case.n // 32 * m * case.k * 2
+    moved = 32 * (counts["loaded_sectors"] + counts["stored_sectors"])
+    with capsys.disabled():
+        print(f"  {(moved - x_bytes) / least:.3f} of the least and {x_bytes / least:.2f} of x")
+    assert moved - x_bytes <= 1.05 * least
+    look_ups = values // 64 // 32 if double_quant else 0  # of warps, in the map
+    assert counts["bank_conflicts"] <= 2 * look_ups
