@@ -69,7 +69,7 @@ py::dict build_info() {
   info["cuda"] = "built; used for tensors on a GPU under a CUDA build of torch";
   info["cuda_compiler"] = QLORA_CUDA_COMPILER;
   info["cuda_architectures"] = QLORA_CUDA_ARCHITECTURES;
-  info["cuda_ops"] = "quantize, dequantize, scales, linear_4bit, adamw; not yet: qlora_linear";
+  info["cuda_ops"] = "all";
 #else
   info["cuda"] = "no: this build has no CUDA kernels";
 #endif

@@ -47,17 +47,16 @@ void torch_matmul(const Tensor& on, const MatmulParams& p) {
   const Tensor a = matrix(p.a, p.m, p.k);
   const Tensor b = matrix(p.b, p.k, p.n);
   const Tensor out = matrix({.data = p.out, .row_stride = p.out_row_stride}, p.m, p.n);
-  // Without an addend beta is 0: what out holds is then not read.
-  const bool none = p.addend == MatmulParams::Addend::none;
-  const Tensor addend = p.addend == MatmulParams::Addend::bias
-                            ? view(p.bias, std::array{p.n}, std::array<std::int64_t, 1>{1})
-                            : out;
+  // Without a bias beta is 0, and what out holds is not read.
+  const bool biased = p.bias != nullptr;
+  const Tensor addend =
+      biased ? view(p.bias, std::array{p.n}, std::array<std::int64_t, 1>{1}) : out;
   const AddmmOut addmm = addmm_out(on.is_cpu());
   if (addmm == nullptr) {
     throw std::runtime_error("this torch does not have aoti_torch_*_addmm_out");
   }
   STABLE_TORCH_ERROR_CODE_CHECK(
-      addmm(out.get(), addend.get(), a.get(), b.get(), none ? 0.0 : 1.0, 1.0));
+      addmm(out.get(), addend.get(), a.get(), b.get(), biased ? 1.0 : 0.0, 1.0));
 }
 
 }  // namespace qlora::torch_ops

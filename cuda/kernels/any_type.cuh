@@ -1,5 +1,6 @@
 // A tensor whose element type is known at run time: the optimizers take parameters and gradients of
-// any type in one launch. All threads of a block take the same way.
+// any type in one launch, the LoRA branch adapters of another type than x. All threads of a block
+// take the same way.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +58,27 @@ __device__ inline void store_octet(AnyGlobal<void> out, std::int64_t n, OctetPla
       break;
   }
   store_octet(out.as<float>(n), at, aligned, octet);
+}
+
+// One element of n.
+__device__ inline float load_value(AnyGlobal<const void> x, std::int64_t n, std::int64_t i) {
+  if (x.dtype == DType::float16) return widen(x.as<const Float16>(n).load(i));
+  if (x.dtype == DType::bfloat16) return widen(x.as<const BFloat16>(n).load(i));
+  return x.as<const float>(n).load(i);
+}
+
+__device__ inline void store_value(AnyGlobal<void> out, std::int64_t n, std::int64_t i,
+                                   float value) {
+  if (out.dtype == DType::float16) return out.as<Float16>(n).store(i, narrow<Float16>(value));
+  if (out.dtype == DType::bfloat16) return out.as<BFloat16>(n).store(i, narrow<BFloat16>(value));
+  out.as<float>(n).store(i, value);
+}
+
+// What a value is after it was stored as that type.
+__device__ inline float rounded(DType dtype, float value) {
+  if (dtype == DType::float16) return widen(narrow<Float16>(value));
+  if (dtype == DType::bfloat16) return widen(narrow<BFloat16>(value));
+  return value;
 }
 
 }  // namespace qlora::cuda

@@ -1,13 +1,16 @@
 // The product with a 4-bit weight on the CUDA cores, for every case: any type, any architecture,
 // any M, N, K, blocks that straddle rows, views that begin anywhere; forward and input gradient.
+// And the LoRA product alone, onto what the output holds: the plain way's, after torch's product.
 //
 //   forward          out[m, n] = bias[n] + sum_r left[m, r] right[n, r] + sum_k x[m, k]  W[n, k]
 //   input gradient   out[m, k] = mask * gain * sum_r left right         + sum_n dy[m, n] W[n, k]
+//   LoRA alone       out      += mask * gain * sum_r left right
 //
 // Limiter: fused multiply-adds, 2 M N K flops at the fp32 rate (67 TFLOP/s on an H100, a fifteenth
 // of its tensor cores), of which the shared-memory reads, two Vec4 for 16 of them, leave about
 // half. The weight is read in 4 bits once for 64 rows of x. It serves fp32 activations, whose
-// products tensor cores do not have, and what no other way takes.
+// products tensor cores do not have, and what no other way takes. LoRA alone is bound by memory, a
+// read and a write of out, up to R = 32 or so.
 //
 // Data path (fma_tile.cuh): a block of 256 threads has a tile of 64 x 64 outputs. Forward, a warp
 // fetches 4 rows of 32 depths, of x and of W alike: 64 bytes a row of a 16-bit x, 16 of codes,
@@ -28,6 +31,8 @@
 namespace qlora::cuda {
 
 using LinearFmaTile = FmaTile<64, 64>;
+
+enum class FmaBase { forward, backward_input, out };
 
 template <class T>
 struct LinearFmaArguments {
@@ -91,7 +96,7 @@ __device__ void mask_sums(LinearFmaTile& tile, const DeviceDropout& dropout, std
   }
 }
 
-template <class T>
+template <class T, bool kOntoOut>
 __device__ void store_outputs(const LinearFmaArguments<T>& p, const LinearFmaTile& tile,
                               std::int64_t first_row, std::int64_t first_col) {
 #pragma unroll
@@ -102,9 +107,11 @@ __device__ void store_outputs(const LinearFmaArguments<T>& p, const LinearFmaTil
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
       const std::int64_t col = first_col + j;
-      const bool biased = p.has_bias && col < p.out_cols;
-      values.value[j] =
-          narrow<T>(tile.sums.value[i][j] + (biased ? widen(p.bias.load(col)) : 0.0f));
+      if (col >= p.out_cols) break;
+      float value = tile.sums.value[i][j];
+      if (p.has_bias) value += widen(p.bias.load(col));
+      if constexpr (kOntoOut) value += widen(p.out.load(row * p.out_cols + col));
+      values.value[j] = narrow<T>(value);
     }
     const std::int64_t to = row * p.out_cols + first_col;
     if (p.out_aligned && first_col + kQuad <= p.out_cols) {
@@ -118,12 +125,12 @@ __device__ void store_outputs(const LinearFmaArguments<T>& p, const LinearFmaTil
   }
 }
 
-template <class T, bool kDouble, bool kForward>
+template <class T, bool kDouble, FmaBase kBase>
 __global__ void __launch_bounds__(LinearFmaTile::kThreads, 2)
     linear_fma_kernel(const __grid_constant__ LinearFmaArguments<T> p) {
   __shared__ WeightTables tables;
   __shared__ LinearFmaTile::Memory memory;
-  load_weight_tables<kDouble>(tables, p.weight);
+  if constexpr (kBase != FmaBase::out) load_weight_tables<kDouble>(tables, p.weight);
 
   const std::int64_t tiles_across = ceil_div(p.out_cols, 64);
   const std::int64_t first_i = block_index() / tiles_across * 64;
@@ -136,14 +143,14 @@ __global__ void __launch_bounds__(LinearFmaTile::kThreads, 2)
     tile.multiply(memory, p.lora_left, p.lora_right, first_i, first_j, 0, p.r);
     if (p.dropout.active()) mask_sums<T>(tile, p.dropout, first_row, first_col);
   }
-  if constexpr (kForward) {
+  if constexpr (kBase == FmaBase::forward) {
     const WeightRows<T, kDouble> weight{p.weight, tables};
     tile.multiply(memory, p.x, weight, first_i, first_j, 0, p.weight.cols);
-  } else {
+  } else if constexpr (kBase == FmaBase::backward_input) {
     const WeightColumns<T, kDouble> weight{p.weight, tables};
     tile.multiply(memory, p.x, weight, first_i, first_j, 0, p.weight.rows);
   }
-  store_outputs(p, tile, first_row, first_col);
+  store_outputs<T, kBase == FmaBase::out>(p, tile, first_row, first_col);
 }
 
 }  // namespace qlora::cuda

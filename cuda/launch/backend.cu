@@ -12,11 +12,6 @@ Status on_device(const Params& params, const Context& context) {
   return guard.status().ok() ? kOp(params, context) : guard.status();
 }
 
-template <class Params>
-Status not_built(const Params&, const Context&) {
-  return {StatusCode::unsupported, "this op is not built for CUDA yet; it runs on CPU tensors"};
-}
-
 constexpr Backend kBackend = {
     .name = kBackendName,
     .quantize_4bit = on_device<quantize_4bit, Quantize4bitParams>,
@@ -27,8 +22,8 @@ constexpr Backend kBackend = {
     .dequantize_scales = on_device<dequantize_scales, DequantizeScalesParams>,
     .linear_4bit = on_device<linear_4bit, LinearParams>,
     .linear_4bit_backward_input = on_device<linear_4bit_backward_input, LinearBackwardInputParams>,
-    .qlora_linear = not_built<QloraLinearParams>,
-    .qlora_linear_backward = not_built<QloraLinearBackwardParams>,
+    .qlora_linear = on_device<qlora_linear, QloraLinearParams>,
+    .qlora_linear_backward = on_device<qlora_linear_backward, QloraLinearBackwardParams>,
     .adamw_step = on_device<adamw_step, AdamwStepParams>,
     .adamw_8bit_step = on_device<adamw_8bit_step, Adamw8bitStepParams>,
 };

@@ -11,12 +11,13 @@
 
 namespace qlora::cuda {
 
-// The LoRA branch's second product: R more steps in the depth of the base product, on the same
-// accumulators. Both matrices are of the activations' type, in the workspace, aligned to 64 bytes,
-// R padded with zeros to a multiple of 16 (`r` counts the padding).
+// The LoRA branch's second product: r more steps in the depth of the base product, on the same
+// accumulators. Both matrices are of the activations' type, in the workspace, aligned to 64 bytes.
+// For 16-bit activations r is two or three times the rank, for the operands are split into a high
+// and a low half (kernels/lora_sums.cuh); it is a multiple of 16, the rest being zeros.
 //
-//   forward          left [M, R] = scale * u     right [N, R] = B       no dropout: it is in u
-//   input gradient   left [M, R] = scale * dy B  right [K, R] = A^T     the mask and the gain
+//   forward          left [M, r] = scale * u     right [N, r] = B       no dropout: it is in u
+//   input gradient   left [M, r] = scale * dy B  right [K, r] = A^T     the mask and the gain
 //                    multiply the product left right^T alone, at [m, k]: LoRA's steps come first,
 //                    then the accumulators are masked, then dy W goes on top
 struct LoraTerm {
@@ -43,6 +44,10 @@ Status backward_input_fma(const LinearBackwardInputParams& p, const LoraTerm* lo
                           const Context& context);
 Status backward_input_plain(const LinearBackwardInputParams& p, const LoraTerm* lora,
                             const Context& context);
+
+// A part of the plain way: out [M, cols] += the LoRA product, masked.
+Status add_lora_fma(DType dtype, std::int64_t m, std::int64_t cols, void* out, const LoraTerm& lora,
+                    const Context& context);
 
 // ---- the choice ----
 

@@ -6,7 +6,6 @@
 // rounded once. The LoRA product is one more product before, rounded to the output's type.
 #include "device/launch.cuh"
 #include "kernels/dequantize_panel.cuh"
-#include "kernels/dropout_mask.cuh"
 #include "launch/linear_paths.h"
 #include "qlora_native/dispatch.h"
 
@@ -61,21 +60,6 @@ Status dequantize_panel(const Weight4bit& weight, DType dtype, std::int64_t firs
   });
 }
 
-Status mask(const LinearBackwardInputParams& p, const LoraTerm& lora, const Context& context) {
-  int processors = 0;
-  if (const Status status = multiprocessors(&processors); !status.ok()) return status;
-  const std::int64_t resident = std::int64_t{processors} * (2048 / kMaskThreads);
-  return with_type(p.dtype, [&]<class T>() {
-    return launch(
-        dropout_mask_kernel<T>,
-        {.grid = p.m < resident ? p.m : resident, .block = kMaskThreads, .stream = context.stream},
-        DropoutMaskArguments<T>{.rows = p.m,
-                                .cols = p.weight.cols,
-                                .dropout = device_dropout(lora.dropout_p, lora.dropout_seed),
-                                .x = {static_cast<T*>(p.grad_x), p.m * p.weight.cols}});
-  });
-}
-
 struct Product {
   std::int64_t m, depth, cols;
   DType dtype;
@@ -84,30 +68,14 @@ struct Product {
   void* out;  // [M, cols]
 };
 
-using Addend = MatmulParams::Addend;
-
-Status lora_product(const Product& p, const LoraTerm& lora, const Context& context) {
-  return context.matmul(context.lender, {.m = p.m,
-                                         .n = p.cols,
-                                         .k = lora.r,
-                                         .dtype = p.dtype,
-                                         .a = {lora.left, lora.r},
-                                         .b = {lora.right, lora.r, true},
-                                         .addend = p.bias != nullptr ? Addend::bias : Addend::none,
-                                         .bias = p.bias,
-                                         .out = p.out,
-                                         .out_row_stride = p.cols});
-}
-
-// dequantize(first, width, panel) fills a panel; `transposed`: it is [width, depth].
+// dequantize(first, width) fills a panel; `transposed`: it is [width, depth].
 template <class Dequantize>
-Status base_product(const Product& p, bool transposed, bool onto_out, const Panels& panels,
-                    void* panel, const Context& context, const Dequantize& dequantize) {
+Status multiply(const Product& p, bool transposed, const LoraTerm* lora, const Panels& panels,
+                void* panel, const Context& context, const Dequantize& dequantize) {
   for (std::int64_t first = 0; first < p.cols; first += panels.width) {
     const std::int64_t width = panels.width_at(first);
     if (const Status status = dequantize(first, width); !status.ok()) return status;
     const void* bias = p.bias == nullptr ? nullptr : offset_by(p.bias, first, p.dtype);
-    const Addend addend = onto_out ? Addend::out : bias != nullptr ? Addend::bias : Addend::none;
     const Status status =
         context.matmul(context.lender, {.m = p.m,
                                         .n = width,
@@ -115,13 +83,13 @@ Status base_product(const Product& p, bool transposed, bool onto_out, const Pane
                                         .dtype = p.dtype,
                                         .a = {p.left, p.depth},
                                         .b = {panel, transposed ? p.depth : width, transposed},
-                                        .addend = addend,
                                         .bias = bias,
                                         .out = offset_by(p.out, first, p.dtype),
                                         .out_row_stride = p.cols});
     if (!status.ok()) return status;
   }
-  return {};
+  if (lora == nullptr) return {};
+  return add_lora_fma(p.dtype, p.m, p.cols, p.out, *lora, context);
 }
 
 // Half of the L2 cache, in values of that type.
@@ -144,14 +112,10 @@ Status linear_plain(const LinearParams& p, const LoraTerm* lora, const Context& 
   if (panel == nullptr && k > 0) return kNoMemory;
   const Product product{
       .m = p.m, .depth = k, .cols = n, .dtype = p.dtype, .left = p.x, .bias = p.bias, .out = p.out};
-  if (lora != nullptr) {
-    if (const Status status = lora_product(product, *lora, context); !status.ok()) return status;
-  }
-  return base_product(product, true, lora != nullptr, panels, panel, context,
-                      [&](std::int64_t first, std::int64_t width) {
-                        return dequantize_panel(p.weight, p.dtype, first, width, 0, k, panel,
-                                                context);
-                      });
+  return multiply(product, true, lora, panels, panel, context,
+                  [&](std::int64_t first, std::int64_t width) {
+                    return dequantize_panel(p.weight, p.dtype, first, width, 0, k, panel, context);
+                  });
 }
 
 Status backward_input_plain(const LinearBackwardInputParams& p, const LoraTerm* lora,
@@ -170,17 +134,10 @@ Status backward_input_plain(const LinearBackwardInputParams& p, const LoraTerm* 
                         .left = p.grad_out,
                         .bias = nullptr,
                         .out = p.grad_x};
-  if (lora != nullptr) {
-    if (const Status status = lora_product(product, *lora, context); !status.ok()) return status;
-    if (lora->dropout_p > 0.0f) {
-      if (const Status status = mask(p, *lora, context); !status.ok()) return status;
-    }
-  }
-  return base_product(product, false, lora != nullptr, panels, panel, context,
-                      [&](std::int64_t first, std::int64_t width) {
-                        return dequantize_panel(p.weight, p.dtype, 0, n, first, width, panel,
-                                                context);
-                      });
+  return multiply(product, false, lora, panels, panel, context,
+                  [&](std::int64_t first, std::int64_t width) {
+                    return dequantize_panel(p.weight, p.dtype, 0, n, first, width, panel, context);
+                  });
 }
 
 }  // namespace qlora::cuda

@@ -31,6 +31,7 @@ MOST_REGISTERS = {
     "mean_kernel": 64,
     "linear_few_rows_kernel": 255,
     "linear_fma_kernel": 128,  # two blocks of 256 threads
+    "lora_product_kernel": 255,  # 256 threads: lora_product.cuh says why they are enough
 }
 HOST_ONLY = {"backend", "linear_4bit", "linear_paths", "qlora_linear"}
 MOST_REGISTERS_OF_TILES = 40

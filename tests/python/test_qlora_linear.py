@@ -21,7 +21,7 @@ from linear_cases import (
 from qlora_native import ops, reference
 
 # Small products: a second thread would only wait. The tests on threads set their own number.
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.emulated]
 
 SCALE = 1.75
 SEED = torch.tensor([0x1234_5678_9ABC], dtype=torch.int64)
@@ -179,6 +179,8 @@ def test_gradients_by_finite_differences(isa: str, p: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("m", [1, 4, 40, 600])
 def test_same_bits_on_any_number_of_threads(isa: str, m: int, dtype: torch.dtype) -> None:
+    if isa == "cuda-emulated" and m > 16:
+        pytest.skip("the plain way's product is torch's, whose bits on a CPU depend on threads")
     case = CASES["model"]
     weight = make_weight(case)
     a, b = adapters(case.n, case.k, 16, torch.float32)

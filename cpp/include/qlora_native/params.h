@@ -188,21 +188,15 @@ struct MatrixIn {
   bool transposed = false;
 };
 
-// out = a b + addend, all of one type, accumulated in fp32 and rounded once.
+// out = a b + bias, all of one type, accumulated in fp32.
 struct MatmulParams {
-  enum class Addend : std::uint8_t {
-    none,
-    bias,  // [N], to every row
-    out,   // what out holds
-  };
   std::int64_t m;
   std::int64_t n;
   std::int64_t k;
   DType dtype;
-  MatrixIn a;  // [M, K]
-  MatrixIn b;  // [K, N]
-  Addend addend = Addend::none;
-  const void* bias = nullptr;  // [N] where it is the addend
+  MatrixIn a;                  // [M, K]
+  MatrixIn b;                  // [K, N]
+  const void* bias = nullptr;  // [N] or null
   void* out;                   // [M, N], rows out_row_stride apart
   std::int64_t out_row_stride;
 };
