@@ -215,6 +215,7 @@ template <class Shape, class T>
 __global__ void __launch_bounds__(kFewRowsThreads, Shape::kTiles <= 2 ? 2 : 1)
     linear_few_rows_kernel(const __grid_constant__ FewRowsArguments<T> p) {
   constexpr int kStages = Shape::kStages, kPanelSteps = ScalePanel<Shape>::kSteps;
+  static_assert(kStages % kPanelSteps == 0);
   __shared__ DynamicMap map;
   const FewRowsPlace<Shape> at;
   const std::int64_t row_set = block_index() / p.splits;
@@ -230,15 +231,15 @@ __global__ void __launch_bounds__(kFewRowsThreads, Shape::kTiles <= 2 ? 2 : 1)
   const CodeRing<Shape> codes(memory, p.packed, p.output.n, p.k, first_row, at);
   ScalePanel<Shape> scales(dynamic_shared<float>(kPairTableBytes, kPanelScales), p.scales,
                            p.output.n, p.k, first_row, (begin + steps) * Shape::kDepth, at);
-  const auto copy = [&](int step) {  // of this block's
+  const auto copy = [&](int stage, int step) {  // of this block's
     if (step < steps) {
-      codes.copy(step % kStages, (begin + step) * Shape::kDepth);
-      x.copy(step % kStages, (begin + step) * Shape::kDepth);
+      codes.copy(stage, (begin + step) * Shape::kDepth);
+      x.copy(stage, (begin + step) * Shape::kDepth);
     }
     commit_copies();  // a group for each step, so that waiting for all but the newest two is right
   };
 
-  for (int step = 0; step < kStages - 1; ++step) copy(step);
+  for (int step = 0; step < kStages - 1; ++step) copy(step, step);
   scales.fetch(begin * Shape::kDepth);
   const float offset = p.scales.is_double ? p.scales.scales.nested_offset.load(0) : 0.0f;
   load_pair_table<T>(dynamic_shared<std::uint32_t>(0, kPairTableBytes / 4), p.values);
@@ -248,16 +249,22 @@ __global__ void __launch_bounds__(kFewRowsThreads, Shape::kTiles <= 2 ? 2 : 1)
   sync_block();  // the map
   scales.store(map, offset);
 
-  for (int step = 0; step < steps; ++step) {
-    wait_copies<kStages - 2>();
-    sync_block();  // this step's stage is there; the last one's is free; the panel is there
-    copy(step + kStages - 1);
-    const bool panel_ends = (step + 1) % kPanelSteps == 0 && step + 1 < steps;
-    if (panel_ends) scales.fetch((begin + step + 1) * Shape::kDepth);
-    multiply_chunk<Shape, T>(sums, memory, codes, x, scales, step % kStages, step % kPanelSteps);
-    if (panel_ends) {
-      sync_block();  // nobody reads the panel any more
-      scales.store(map, offset);
+  // A turn of the ring at a time: with few columns its stages are constants.
+  for (int turn = 0; turn < steps; turn += kStages) {
+#pragma unroll(Shape::kTiles <= 2 ? kStages : 1)
+    for (int stage = 0; stage < kStages; ++stage) {
+      const int step = turn + stage;
+      if (step >= steps) break;
+      wait_copies<kStages - 2>();
+      sync_block();  // this stage is there; the one before is free; the panel is there
+      copy((stage + kStages - 1) % kStages, step + kStages - 1);
+      const bool panel_ends = (stage + 1) % kPanelSteps == 0 && step + 1 < steps;
+      if (panel_ends) scales.fetch((begin + step + 1) * Shape::kDepth);
+      multiply_chunk<Shape, T>(sums, memory, codes, x, scales, stage, stage % kPanelSteps);
+      if (panel_ends) {
+        sync_block();  // nobody reads the panel any more
+        scales.store(map, offset);
+      }
     }
   }
   reduce_block<Shape, T>(sums, p, at, row_set, split);
