@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from emulated_build import EMULATION, KERNELS, compile_object, emulator_objects, link, run
+from planted_faults import Build, Mutant, assert_caught, build, mutant
 from qlora_native import ops
 
 emulation = pytest.importorskip(
@@ -32,22 +30,6 @@ def test_the_emulator_finds_what_it_must(flags: tuple[str, ...], tmp_path: Path)
 
 
 # ---- faults planted in the kernels ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One change to a kernel, the launchers to compile again, and how it must show."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    units: tuple[str, ...]
-    caught_by: str  # the start of the fault, or "digest": other results
-
-
-def mutant(name: str, file: str, old: str, new: str, units: str, caught_by: str) -> Mutant:
-    return Mutant(name, f"kernels/{file}.cuh", old, new, tuple(units.split()), caught_by)
 
 
 QUANTIZE = "quantize_4bit"
@@ -90,45 +72,15 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Build:
-    objects: dict[str, Path]
-    digest: str
-
-
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    folder = tmp_path_factory.mktemp("unchanged")
-    objects = {path.stem: path for path in emulator_objects(folder)}
-    objects["run"] = compile_object(EMULATION / "run_kernels.cpp", folder / "run.o")
-    for unit in sorted((KERNELS / "launch").glob("*.cu")):
-        objects[unit.stem] = compile_object(unit, folder / f"{unit.stem}.o")
-    digests = run(link([*objects.values()], folder / "run")).split()
-    assert len(digests) == 3 and len(set(digests)) == 1, "three orders of threads give one result"
-    return Build(objects, digests[0])
+    return build(tmp_path_factory.mktemp("unchanged"), "run_kernels.cpp")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_a_planted_fault_is_caught(mutant: Mutant, unchanged: Build, tmp_path: Path) -> None:
-    kernels = tmp_path / "cuda"
-    shutil.copytree(KERNELS, kernels)
-    text = (kernels / mutant.file).read_text()
-    assert mutant.old in text, f"{mutant.file} has changed: plant this fault anew"
-    (kernels / mutant.file).write_text(text.replace(mutant.old, mutant.new))
-    changed = [
-        compile_object(kernels / "launch" / f"{unit}.cu", tmp_path / f"{unit}.o", kernels)
-        for unit in mutant.units
-    ]
-    rest = [path for name, path in unchanged.objects.items() if name not in mutant.units]
-    # The changed ones first: of a function that several units have, the linker takes the first.
-    program = link([*changed, *rest], tmp_path / "run")
-    result = subprocess.run([program], capture_output=True, text=True, check=False)
-    if mutant.caught_by == "digest":
-        assert result.returncode == 0 and unchanged.digest not in result.stdout
-    else:
-        assert result.returncode == 1, "ran through"
-        assert result.stdout.splitlines()[-1].startswith(mutant.caught_by)
+    assert_caught(mutant, unchanged, tmp_path)
 
 
 # ---- through the ops -----------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from linear_cases import Case, Weight, assert_as_exact_as_plain, make_weight, rand
+from planted_faults import Build, Mutant, assert_caught, build, mutant
 from qlora_native import ops
 
 emulation = pytest.importorskip(
@@ -153,3 +155,62 @@ def test_it_streams_the_weight_once_without_bank_conflicts(
     assert moved - x_bytes <= 1.05 * least
     look_ups = values // 64 // 32 if double_quant else 0  # of warps, in the map
     assert counts["bank_conflicts"] <= 2 * look_ups
+
+
+# ---- faults planted in the kernel ----------------------------------------------------------------
+
+
+def planted(name: str, file: str, old: str, new: str, caught_by: str) -> Mutant:
+    return mutant(name, file, old, new, "linear_few_rows", caught_by)
+
+
+KERNEL = "linear_few_rows"
+COPY = "      copy((stage + kStages - 1) % kStages, step + kStages - 1);\n"
+SYNC = "      sync_block();  // this stage is there; the one before is free; the panel is there\n"
+MUTANTS = [
+    planted("a stage filled before all have read it", KERNEL, SYNC + COPY, COPY + SYNC, "race"),
+    planted("waits for a group too few", KERNEL, "wait_copies<kStages - 2>",
+            "wait_copies<kStages - 1>", "in flight"),
+    planted("no group where there is no step", KERNEL, "    }\n    commit_copies();",
+            "    commit_copies();}\n", "in flight"),
+    planted("no barrier after the wait", KERNEL, SYNC, "", "in flight"),
+    planted("the map without its barrier", KERNEL, "  sync_block();  // the map\n", "",
+            "uninitialised"),
+    planted("a panel stored before all have read the last", KERNEL,
+            "        sync_block();  // nobody reads the panel any more\n", "", "race"),
+    planted("sums stored over a table that is read", KERNEL,
+            "  sync_block();  // the table and the ring are not read any more\n", "", "race"),
+    planted("sums added before they are there", KERNEL,
+            "  sync_block();\n  const std::int64_t row_sets", "  const std::int64_t row_sets",
+            "race"),
+    planted("partial sums of all blocks in one place", KERNEL, "(split * row_sets + row_set)",
+            "row_set", "digest"),
+    planted("the LoRA term from each block", KERNEL, "if (split == 0) add", "add", "digest"),
+    planted("scale of the other eight rows", "scale_panel", "+ eight * (8 * kUnits)",
+            "+ (eight ^ 1) * (8 * kUnits)", "digest"),
+    planted("four scales where fewer are left", "scale_panel", "if (depth >= end_) return;", "",
+            "out of bounds"),
+    planted("codes past the last row", "code_ring", "row_of_w < n ? k - depth : 0", "k - depth",
+            "out of bounds"),
+    planted("x past the end of K", "code_ring", "from_ + i * between_ + depth, depth < end_",
+            "from_ + i * between_ + depth, true", "out of bounds"),
+    planted("columns past M", "code_ring", "if (tile * 8 < columns_of_lane_)", "if (true)",
+            "in flight"),
+    planted("x in the order of the mma's own k", "code_ring", "at.quarter * kLanePieces + i",
+            "i * 4 + at.quarter", "digest"),
+    planted("codes over the copies of the pairs", "pair_table", "kPairRow + kLaneCopies + i",
+            "kPairRow + i", "in flight"),
+    planted("nibbles the wrong way round", "pair_table", "(values[i / 16], values[i % 16])",
+            "(values[i % 16], values[i / 16])", "digest"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    return build(tmp_path_factory.mktemp("unchanged"), "run_linear_few_rows.cpp", "linear_few_rows")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_a_planted_fault_is_caught(mutant: Mutant, unchanged: Build, tmp_path: Path) -> None:
+    assert_caught(mutant, unchanged, tmp_path)

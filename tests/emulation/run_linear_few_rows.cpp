@@ -1,0 +1,86 @@
+// Runs linear_few_rows on the emulator and prints a digest of its results, or the first fault: what
+// tests/python/test_linear_few_rows.py compares a mutant of the kernel with.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+#include "launch/linear_few_rows.h"
+#include "launch/linear_paths.h"
+#include "machine.h"
+#include "qlora_native/layout.h"
+#include "run_buffers.h"
+
+namespace {
+
+using namespace emulated_run;
+
+struct Case {
+  std::int64_t m, n, k, blocksize;
+  bool double_quantized;
+  DType dtype;
+  std::int64_t r;  // of the LoRA term
+};
+
+// Steps and tails of every shape, panels of scales one by one and in fours, a depth that two blocks
+// share: with the 2 multiprocessors of the emulator, from 33 steps on.
+constexpr Case kCases[] = {
+    {5, 40, 1152, 64, true, DType::bfloat16, 16},   {3, 33, 2560, 64, false, DType::bfloat16, 0},
+    {12, 70, 1536, 64, true, DType::float16, 32},   {9, 35, 736, 32, false, DType::bfloat16, 0},
+    {20, 130, 1024, 128, true, DType::float16, 16}, {2, 9, 16448, 64, true, DType::bfloat16, 16},
+    {40, 130, 512, 64, true, DType::bfloat16, 0},
+};
+
+Buffer bytes(std::int64_t n) {
+  Buffer buffer(n, 1, 0);
+  for (std::int64_t i = 0; i < n; ++i) {
+    buffer.as<std::uint8_t>()[i] = static_cast<std::uint8_t>(i * 2654435761u >> 13);
+  }
+  return buffer;
+}
+
+// One tensor of scratch memory, as long as the op wants it, that holds NaN.
+void* allocate(void* lender, std::int64_t size) {
+  auto& memory = *static_cast<std::vector<unsigned char>*>(lender);
+  memory.assign(static_cast<std::size_t>(size) + 64, 0xFF);
+  return memory.data() + 64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64;
+}
+
+void run(const Case& c) {
+  const std::int64_t values_of_w = c.n * c.k, blocks = n_blocks(values_of_w, c.blocksize);
+  const Buffer x = values(c.m * c.k, c.dtype, 0), bias = values(c.n, c.dtype, 1);
+  const Buffer left = values(c.m * c.r, c.dtype, 0), right = values(c.n * c.r, c.dtype, 0);
+  const Buffer packed = bytes(packed_bytes(values_of_w)), codes = bytes(blocks);
+  const Buffer absmax = values(blocks, DType::float32, 0), offset = values(1, DType::float32, 0);
+  const Buffer out(c.m * c.n, size_of(c.dtype), 1);
+  const Scales plain{.absmax = absmax.as<float>()};
+  const Scales doubled{.absmax_q8 = codes.as<std::uint8_t>(),
+                       .nested_absmax = absmax.as<float>(),
+                       .nested_offset = offset.as<float>()};
+  std::vector<unsigned char> scratch;
+  const Context context{.allocate = allocate, .lender = &scratch};
+  const cuda::LoraTerm lora{.r = c.r, .left = left.as<void>(), .right = right.as<void>()};
+  check(cuda::linear_few_rows({.m = c.m,
+                               .weight = {.format = kNf4,
+                                          .rows = c.n,
+                                          .cols = c.k,
+                                          .blocksize = c.blocksize,
+                                          .packed = packed.as<std::uint8_t>(),
+                                          .scales = c.double_quantized ? doubled : plain},
+                               .dtype = c.dtype,
+                               .x = x.as<void>(),
+                               .bias = bias.as<void>(),
+                               .out = out.as<void>()},
+                              c.r > 0 ? &lora : nullptr, context));
+  out.digest();
+}
+
+}  // namespace
+
+int main() {
+  for (const std::uint64_t seed : {0, 1, 2}) {
+    emulation::Machine::instance().set_seed(seed);
+    digest = 0xCBF29CE484222325ull;
+    for (const Case& c : kCases) run(c);
+    std::printf("%016llx\n", static_cast<unsigned long long>(digest));
+  }
+}

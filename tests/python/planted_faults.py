@@ -1,0 +1,65 @@
+"""Plants a fault in a CUDA kernel, runs it on the emulator, and looks for what catches it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from emulated_build import EMULATION, KERNELS, compile_object, emulator_objects, link, run
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change to a kernel, the launchers to compile again, and how it must show."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    units: tuple[str, ...]
+    caught_by: str  # the start of the fault, or "digest": other results
+
+
+def mutant(name: str, file: str, old: str, new: str, units: str, caught_by: str) -> Mutant:
+    return Mutant(name, f"kernels/{file}.cuh", old, new, tuple(units.split()), caught_by)
+
+
+@dataclass(frozen=True)
+class Build:
+    objects: dict[str, Path]
+    digest: str
+
+
+def build(folder: Path, runner: str, units: str = "*") -> Build:
+    """The kernels as they are, of the launchers so named, under a program that prints digests."""
+    objects = {path.stem: path for path in emulator_objects(folder)}
+    objects["run"] = compile_object(EMULATION / runner, folder / "run.o")
+    for unit in sorted((KERNELS / "launch").glob(f"{units}.cu")):
+        objects[unit.stem] = compile_object(unit, folder / f"{unit.stem}.o")
+    digests = run(link([*objects.values()], folder / "run")).split()
+    assert len(digests) == 3 and len(set(digests)) == 1, "three orders of threads give one result"
+    return Build(objects, digests[0])
+
+
+def assert_caught(mutant: Mutant, unchanged: Build, folder: Path) -> None:
+    kernels = folder / "cuda"
+    shutil.copytree(KERNELS, kernels)
+    text = (kernels / mutant.file).read_text()
+    assert mutant.old in text, f"{mutant.file} has changed: plant this fault anew"
+    (kernels / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    changed = [
+        compile_object(kernels / "launch" / f"{unit}.cu", folder / f"{unit}.o", kernels)
+        for unit in mutant.units
+    ]
+    rest = [path for name, path in unchanged.objects.items() if name not in mutant.units]
+    # The changed ones first: of a function that several units have, the linker takes the first.
+    program = link([*changed, *rest], folder / "run")
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
+    if mutant.caught_by == "digest":
+        assert result.returncode == 0 and unchanged.digest not in result.stdout
+    else:
+        assert result.returncode == 1, "ran through"
+        last = result.stdout.splitlines()[-1]
+        assert last.startswith(mutant.caught_by), last
