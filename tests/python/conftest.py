@@ -1,7 +1,8 @@
 """Fixtures that every test file may use.
 
 isa           runs the test on each instruction set that this processor has and, in modules marked
-              `emulated`, on the CUDA kernels, where the build emulates them (docs/emulation.md)
+              `emulated`, on the CUDA kernels: where the build emulates them (docs/emulation.md),
+              on a GPU where there is one (on_device.py)
 threads       runs the test with 1 and with 2 threads
 one_thread    runs the test with 1 thread: tiny models spend their time in waking others
 sentinels     hands out tensors with guarded margins, which are checked when the test ends
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 import qlora_native
+from on_device import OnDevice
 
 try:
     from qlora_native import _emulation
@@ -27,24 +29,36 @@ except ImportError:  # of a build without QLORA_EMULATION=ON
 
 _AVAILABLE = qlora_native.available_isas()
 _BUILT: list[str] = qlora_native.build_info()["isas_built"]
-# What a test of something else than the kernels asks for, to run each of them once.
-_ONLY_DEFAULT = os.environ.get("QLORA_TEST_ISAS") == "default"
+_GPU = "cuda"
+_HAS_GPU = "cuda_compiler" in qlora_native.build_info() and torch.cuda.is_available()
+# "default": the one that is used by itself, for a test of something else than the kernels, which
+# runs each test once; or names, with commas between them.
+_ASKED = os.environ.get("QLORA_TEST_ISAS", "")
 _ran: Counter[str] = Counter()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" not in metafunc.fixturenames:
         return
-    names = [qlora_native.cpu_isa()] if _ONLY_DEFAULT else [*_BUILT]
-    if _emulation is not None and metafunc.definition.get_closest_marker("emulated"):
-        names.append(_emulation.name)
+    names = [*_BUILT]
+    if metafunc.definition.get_closest_marker("emulated"):
+        names += [_emulation.name] if _emulation is not None else []
+        names += [_GPU] if _HAS_GPU else []
+    if _ASKED:
+        asked = [qlora_native.cpu_isa()] if _ASKED == "default" else _ASKED.split(",")
+        names = [name for name in names if name in asked]
     metafunc.parametrize("isa", names, indirect=True)
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of the instruction set, or of the emulated backend, that the ops use in the test."""
+    """The name of the instruction set, or of the CUDA backend, that the ops use in the test."""
     name: str = request.param
+    if name == _GPU:
+        _ran[name] += 1
+        with OnDevice(_GPU):
+            yield name
+        return
     if _emulation is not None and name == _emulation.name:
         _ran[name] += 1
         _emulation.use(True)
@@ -130,6 +144,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"ran: {ran}")
     if _emulation is None:
         terminalreporter.write_line("not built: cuda-emulated (QLORA_EMULATION=ON)")
+    if not _HAS_GPU:
+        terminalreporter.write_line("not here: cuda (a GPU, under a CUDA build of torch)")
     if missing:
         terminalreporter.write_line(f"not on this processor: {', '.join(missing)}")
     terminalreporter.write_line(f"default here: {qlora_native.cpu_isa()}")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from peer import bnb
 from qlora_native import ops, reference
 from quantize_cases import BLOCKSIZES, DTYPES, FORMATS, same_bits
 
-bnb = pytest.importorskip("bitsandbytes.functional")
 pytestmark = pytest.mark.emulated
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from peer import bnb
 from qlora_native import ops, reference
 from quantize_cases import (
     BLOCKSIZES,
@@ -18,7 +19,6 @@ from quantize_cases import (
     same_bits,
 )
 
-bnb = pytest.importorskip("bitsandbytes.functional")
 pytestmark = pytest.mark.emulated
 ROUNDINGS = ["nearest", "bitsandbytes_cpu"]
 
@@ -45,9 +45,8 @@ def cases_8bit(blocksize: int, signed: bool, dtype: torch.dtype, rounding: str) 
         if rounding == "nearest":
             codes, absmax = reference.quantize_8bit(x, blocksize, signed)
         else:
-            codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(
-                x, bnb.create_dynamic_map(signed=signed), blocksize
-            )
+            code = bnb.create_dynamic_map(signed=signed)
+            codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(x, code, blocksize)
         result.append((name, x, codes, absmax))
     return result
 

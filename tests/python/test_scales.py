@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peer import bnb
 from qlora_native import ops, reference
 from quantize_cases import same_bits
 
-bnb = pytest.importorskip("bitsandbytes.functional")
 pytestmark = pytest.mark.emulated
 
 LENGTHS = [1, 2, 7, 8, 9, 255, 256, 257, 1000, 4096, 65537]
