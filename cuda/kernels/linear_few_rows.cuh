@@ -3,21 +3,21 @@
 // Limiter: memory; the codes of W are read once, 0.5 bytes a value, and nothing else is of that
 // size. In a clock an H100 delivers 14.5 bytes of them to a multiprocessor and an H200 20.7, while
 // a multiprocessor starts 128 instructions of lanes and moves 128 bytes through shared memory. For
-// a byte of codes (two values) this kernel takes, at M <= 8:
+// a byte of codes (two values) this kernel takes, at M <= 8 (instructions as compiled for sm_90a):
 //
-//                                  instructions of lanes      bytes through shared memory
-//   look-up (pair_table.cuh)       1 prmt + 1 load                    4
-//   codes                          1/8 load + 1/16 copy               2
-//   mma, two tiles of rows         1/4                                -
-//   scales, by accumulator         1/4 fma + 1/8 load                 1/2
-//   x                              1/8 load + 1/16 copy               M / 4
-//   together, with loop and waits  3.2                                7 … 8.5
-//   room on an H100, H200          8.8, 6.2                           8.8, 6.2
+//                                     instructions of lanes     bytes through shared memory
+//   look-up (pair_table.cuh)          2                           4
+//   codes, x and scales from shared   1/3                         2.5 (codes twice), and M / 4
+//   mma, fma by scales                1/4 + 1/4
+//   copies, addresses, loop           2.2
+//   together                          5                           6.8 (M = 1) … 8.5 (M = 8)
+//   room on an H100, H200             8.8, 6.2                    8.8, 6.2
 //
-// Shared memory is the nearer limit: on an H100 it is met at M = 8, on an H200 at 75 to 90 % of
-// memory's rate. What is in flight: three stages of 8 kB a block, two blocks a multiprocessor (one
-// on an A100 above M = 2, one of 99 kB on sm_86, 89, 120), 24 to 48 kB; an H100 needs some 20 kB
-// (600 ns). At M = 64 the tensor cores (mma.sync at some 65 % of their rate) limit an H100.
+// By this an H100 is bound by its memory, and an H200 by shared memory, at 90 (M = 1) to 73 % (M =
+// 8) of its memory's rate. What is in flight: three stages of 8 kB a block, two blocks a
+// multiprocessor (one on an A100 above M = 2, one of 99 kB on sm_86, 89, 120), 24 to 48 kB; an H100
+// needs some 20 kB (600 ns). At M = 64 the tensor cores (mma.sync at some 65 % of their rate) limit
+// an H100.
 //
 // Rounding. A scale multiplies the fp32 sum over its unit of 64 (32) values, not the values:
 //
