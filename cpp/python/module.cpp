@@ -55,6 +55,28 @@ std::vector<float> dynamic_map(bool is_signed) {
   return {map, map + 256};
 }
 
+#if defined(QLORA_CUDA_COMPILER)
+std::vector<std::string> cuda_ways(bool forward) {
+  std::vector<std::string> list;
+  for (int i = 0; const char* name = qlora::cuda_linear_way(forward, i); ++i) {
+    list.emplace_back(name);
+  }
+  return list;
+}
+
+void force_cuda_linear(const std::optional<std::string>& forward,
+                       const std::optional<std::string>& backward_input) {
+  const auto force = [](bool is_forward, const std::optional<std::string>& name) {
+    if (qlora::force_cuda_linear(is_forward, name ? name->c_str() : nullptr)) return;
+    throw std::invalid_argument(
+        std::string("force_cuda_linear: ") + (is_forward ? "forward" : "backward_input") +
+        " must be None or one of " + joined(cuda_ways(is_forward)) + ", got '" + *name + "'");
+  };
+  force(true, forward);
+  force(false, backward_input);
+}
+#endif
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = QLORA_COMPILER;
@@ -69,7 +91,8 @@ py::dict build_info() {
   info["cuda"] = "built; used for tensors on a GPU under a CUDA build of torch";
   info["cuda_compiler"] = QLORA_CUDA_COMPILER;
   info["cuda_architectures"] = QLORA_CUDA_ARCHITECTURES;
-  info["cuda_ops"] = "all";
+  info["cuda_linear_ways"] = cuda_ways(true);
+  info["cuda_backward_input_ways"] = cuda_ways(false);
 #else
   info["cuda"] = "no: this build has no CUDA kernels";
 #endif
@@ -86,6 +109,11 @@ PYBIND11_MODULE(_core, m) {
   m.def("available_isas", &available_isas, "Built and run by this processor, narrowest first.");
   m.def("force_isa", &force_isa, py::arg("name").none(true),
         "Use this instruction set from now on, process-wide; None for the widest.");
+#if defined(QLORA_CUDA_COMPILER)
+  m.def("force_cuda_linear", &force_cuda_linear, py::arg("forward").none(true),
+        py::arg("backward_input").none(true),
+        "Multiply by 4-bit weights on a GPU in that way alone, process-wide; None: by the table.");
+#endif
   m.def("codebook", &codebook, py::arg("format"), "The 16 values of 'nf4' or 'fp4', by code.");
   m.def("dynamic_map", &dynamic_map, py::arg("signed"),
         "The 256 values of the 8-bit map, by code.");

@@ -3,9 +3,26 @@
 #include <stdexcept>
 
 #include "backend.h"
+#include "launch/linear_paths.h"
+#include "qlora_native/runtime.h"
 #include "torch_symbol.h"
 
-namespace qlora::torch_ops {
+namespace qlora {
+namespace {
+
+cuda::Direction direction(bool forward) {
+  return forward ? cuda::Direction::forward : cuda::Direction::backward_input;
+}
+
+}  // namespace
+
+const char* cuda_linear_way(bool forward, int i) { return cuda::way_name(direction(forward), i); }
+
+bool force_cuda_linear(bool forward, const char* name) {
+  return cuda::force_way(direction(forward), name);
+}
+
+namespace torch_ops {
 namespace {
 
 // Only a CUDA build of torch has it.
@@ -30,4 +47,5 @@ Device cuda_device_of(const Tensor& t) {
   return {cuda::backend(), context, t};
 }
 
-}  // namespace qlora::torch_ops
+}  // namespace torch_ops
+}  // namespace qlora

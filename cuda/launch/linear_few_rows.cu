@@ -156,7 +156,7 @@ bool linear_few_rows_serves(DType dtype, std::int64_t m, const Weight4bit& weigh
     return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
   };
   return dtype != DType::float32 && weight.cols % kCodePiece == 0 && weight.cols <= kMostDepth &&
-         aligned(weight.packed) && aligned(x) && with_shape(weight, m, []<class>() {});
+         aligned(weight.packed) && aligned(x) && with_shape(weight, m, [&]<class>() {});
 }
 
 Status linear_few_rows(const LinearParams& p, const LoraTerm* lora, const Context& context) {

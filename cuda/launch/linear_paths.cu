@@ -137,7 +137,7 @@ Status run(const Way<Params> (&ways)[kWays], const Choice (&choices)[kChoices], 
   if (forced == kUnknown) {
     return {StatusCode::unsupported,
             "QLORA_CUDA_FORWARD or QLORA_CUDA_BACKWARD names a way that this build does not have; "
-            "build_info()['cuda_linear_ways'] lists those it has"};
+            "build_info() lists those it has"};
   }
   if (forced != kByTable) {
     const auto& way = ways[forced];

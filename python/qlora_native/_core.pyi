@@ -20,6 +20,12 @@ def force_isa(name: str | None) -> None:
     Raises ValueError where this processor does not run it.
     """
 
+def force_cuda_linear(forward: str | None, backward_input: str | None) -> None:
+    """Multiply by 4-bit weights on a GPU in that way alone, process-wide; None: by the table.
+
+    In builds with CUDA; build_info() lists the ways. Raises ValueError where it has no such way.
+    """
+
 def codebook(format: str) -> list[float]:
     """The 16 values of "nf4" or "fp4", by code."""
 

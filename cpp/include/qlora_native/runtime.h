@@ -15,4 +15,10 @@ QLORA_EXPORT const char* huge_pages();
 // For tests: CPU tensors go to this backend from now on; null: to the CPU backend again.
 QLORA_EXPORT void serve_host_tensors_by(const Backend* backend);
 
+// The ways in which the CUDA backend can multiply by a 4-bit weight (cuda/launch/linear_paths.h):
+// the name of way i, forward or of the input gradient, or null past the last; and the one to take
+// from now on, whatever the case, or by the table again (null). False: no such way.
+QLORA_EXPORT const char* cuda_linear_way(bool forward, int i);
+QLORA_EXPORT bool force_cuda_linear(bool forward, const char* name);
+
 }  // namespace qlora
