@@ -1,0 +1,70 @@
+"""report.json and report.md, from the state and from what each stage left."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+import torch
+
+from bench.gpu_acceptance.setting import Setting
+
+
+def _device(setting: Setting) -> str:
+    if setting.emulate:
+        return "the emulator: nothing here says anything about a GPU's speed"
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+
+
+def _cell(measured: dict[str, Any]) -> str:
+    if "error" in measured:
+        return f"failed: {measured['error']}".replace("|", "/").replace("\n", " ")
+    return f"{measured['seconds'] * 1e6:.1f} µs, {measured['of_limit']:.0%}"
+
+
+def _microbench(result: dict[str, Any]) -> list[str]:
+    rates = result["limits"]
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["measured"]))
+    lines = [
+        f"Measured here: {rates['bytes_per_second'] / 1e9:.0f} GB/s of a copy (both ways), "
+        f"{rates['flops'] / 1e12:.1f} TFLOP/s of torch's bf16 product. A cell is the time of a "
+        "call and the share of the nearer of the two limits.",
+        "",
+        f"| work | limiter | {' | '.join(names)} |",
+        f"|---|---|{'---:|' * len(names)}",
+    ]
+    for row in result["rows"]:
+        cells = (_cell(row["measured"][n]) if n in row["measured"] else "–" for n in names)
+        lines.append(f"| {row['name']} | {row['limiter']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _as_json(result: dict[str, Any]) -> list[str]:
+    return ["```json", json.dumps(result, indent=1), "```"]
+
+
+def write(setting: Setting, state: dict[str, Any]) -> None:
+    results = {
+        name: json.loads(setting.result(name).read_text())
+        for name in state
+        if setting.result(name).exists()
+    }
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    about = {"date": date, "device": _device(setting), "torch": torch.__version__}
+    report = {**about, "stages": state, "results": results}
+    (setting.folder / "report.json").write_text(json.dumps(report, indent=1))
+    lines = [
+        "# GPU acceptance", "",
+        f"{about['device']}; torch {about['torch']}; {about['date']}", "",
+        "| stage | outcome | seconds | what |", "|---|---|---:|---|",
+        *(f"| {n} | {s['outcome']} | {s['seconds']} | {s['what']} |" for n, s in state.items()),
+    ]  # fmt: skip
+    for name, ended in state.items():
+        lines += ["", f"## {name}", ""]
+        if name in results:
+            write_part = _microbench if name == "microbench" else _as_json
+            lines += write_part(results[name])
+        if ended["log_tail"]:
+            lines += ["", "```", ended["log_tail"], "```"]
+    (setting.folder / "report.md").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,49 @@
+"""Seconds of a call on the device, by its own clock, with the caches as a model leaves them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+Call = Callable[[], object]
+_ROUNDS = 7
+
+
+def copies(n_bytes: int, emulate: bool) -> int:
+    """Of a weight, so that they pass every cache: each call of a round reads another one."""
+    return 1 if emulate else max(1, min(64, (256 << 20) // max(n_bytes, 1)))
+
+
+def seconds(calls: Sequence[Call], device: torch.device) -> float:
+    """The median over rounds of the time of all of them, divided by how many they are.
+
+    On a GPU they are captured in one graph: what is timed is kernels, not Python. One that cannot
+    be captured raises.
+    """
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - begin) / len(calls)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(_ROUNDS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times) / len(calls)
