@@ -134,3 +134,37 @@ def test_op_tests_pass_under_another_torch(site: Path, other_torch: Path) -> Non
     output = run_op_tests(other_torch, site)
     assert re.search(rf"torch {re.escape(OTHER_TORCH)}\b", output)
     assert str(site) in output
+
+
+CUDA_PROBE = """
+import torch, qlora_native
+from qlora_native import ops
+from torch._subclasses.fake_tensor import FakeTensorMode
+if torch.version.cuda is None: raise SystemExit("skip: this torch is no CUDA build")
+if "cuda_architectures" not in qlora_native.build_info(): raise SystemExit("skip: no CUDA in wheel")
+assert torch._C._dispatch_has_kernel_for_dispatch_key("qlora_native::qlora_linear", "CUDA")
+with FakeTensorMode():
+    x = torch.empty(3, 64, device="cuda")
+    packed = torch.empty(32 * 32, 1, device="cuda", dtype=torch.uint8)
+    y = ops.linear_4bit(x, packed, torch.empty(32, device="cuda"), None, None, 32)
+assert y.device.type == "cuda" and y.shape == (3, 32)
+if not torch.cuda.is_available():
+    try: torch.empty(1, device="cuda")
+    except RuntimeError as error: assert "NVIDIA" in str(error), error
+"""
+
+
+@pytest.mark.abi
+def test_a_cuda_build_of_torch_knows_the_ops(site: Path, other_torch: Path) -> None:
+    """Where there is no GPU: that the ops are registered for one, and that it is torch who says so."""
+    path = os.pathsep.join(map(str, (other_torch, site)))
+    result = subprocess.run(
+        [sys.executable, "-c", CUDA_PROBE],
+        capture_output=True,
+        text=True,
+        cwd=site,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    if result.stderr.startswith("skip: "):
+        pytest.skip(result.stderr.strip())
+    assert result.returncode == 0, result.stdout + result.stderr
