@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "counters.h"
+#include "mbarriers.h"
 #include "readers.h"
 
 namespace emulation {
@@ -85,6 +86,7 @@ std::optional<Fault> Machine::run(const Launch& launch, const std::function<void
 void Machine::begin_block() {
   ++block_number_;
   readers().forget(true);
+  mbarriers().forget();
   const std::uint32_t before = latest_;
   alive_ = launch_.block;
   at_barrier_ = 0;

@@ -16,6 +16,7 @@ EMULATOR = [
     "fibre.cpp",
     "copies.cpp",
     "counters.cpp",
+    "mbarriers.cpp",
     "readers.cpp",
     "shadow.cpp",
     "fibre_x86_64.S",
