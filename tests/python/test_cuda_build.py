@@ -1,4 +1,4 @@
-"""The compiler's word on the CUDA kernels: registers, no spills, no local memory.
+"""The compiler's word on the CUDA kernels: registers, no spills, no local memory, instructions.
 
 Two architectures by default; QLORA_TEST_CUDA_ARCHITECTURES="75 80 86 89 90a 100a 120a" for all.
 """
@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,13 @@ MOST_REGISTERS = {
 }
 HOST_ONLY = {"backend", "linear_4bit", "linear_paths", "qlora_linear"}
 MOST_REGISTERS_OF_TILES = 40
+
+# What a kernel's head comment says it is made of, as machine instructions, from sm_80 on: products
+# on the tensor cores, copies to shared memory that do not pass through registers.
+INSTRUCTIONS = {"linear_few_rows_kernel": ("HMMA", "LDGSTS")}
+OF_LOCAL_MEMORY = {"LDL", "STL"}
+# A line of nvdisasm: /*0040*/  @!P0 LDG.E R2, …
+_OPERATION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,23 @@ def resources(unit: Path, architecture: str, folder: Path) -> list[Resources]:
     return found
 
 
+def disassembler() -> str | None:
+    """nvdisasm, of the toolkit or of its package (nvidia-cuda-nvdisasm)."""
+    of_package = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "nvdisasm"
+    return shutil.which("nvdisasm") or (str(of_package) if of_package.exists() else None)
+
+
+def instructions(cubin: Path, program: str) -> list[tuple[str, set[str]]]:
+    """Each kernel of a cubin, and the names of its machine instructions without their suffixes."""
+    command = [program, "-c", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sections = re.split(r"^\t\.section\t\.text\.(\w+).*$", text, flags=re.MULTILINE)[1:]
+    return [
+        (kernel_of(name), set(_OPERATION.findall(code)))
+        for name, code in zip(sections[::2], sections[1::2], strict=True)
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
@@ -84,3 +109,13 @@ def test_no_kernel_spills_or_uses_local_memory(
             most = max(most, 64)
         assert kernel.spilled == 0 and kernel.stack == 0, kernel
         assert kernel.registers <= most, kernel
+    program = disassembler()
+    if program is None or not kernels:
+        return
+    found = instructions(tmp_path / f"{unit.stem}.cubin", program)
+    assert sorted(name for name, _ in found) == sorted(kernel.kernel for kernel in kernels)
+    for name, used in found:
+        assert "EXIT" in used and not used & OF_LOCAL_MEMORY, (name, used)
+        if architecture != "75":
+            missing = set(INSTRUCTIONS.get(name, ())) - used
+            assert not missing, f"{name} has no {missing}"
