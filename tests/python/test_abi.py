@@ -156,7 +156,7 @@ if not torch.cuda.is_available():
 
 @pytest.mark.abi
 def test_a_cuda_build_of_torch_knows_the_ops(site: Path, other_torch: Path) -> None:
-    """Where there is no GPU: that the ops are registered for one, and that it is torch who says so."""
+    """Registered, with fakes; where there is no GPU, torch says so."""
     path = os.pathsep.join(map(str, (other_torch, site)))
     result = subprocess.run(
         [sys.executable, "-c", CUDA_PROBE],
