@@ -4,7 +4,7 @@
 #     make demo     fine-tunes a real model on real text, and shows what changed
 #     make test     runs all tests
 #
-# More: make test-cuda-build (kernels for all architectures; nightly), make lint (formats and types), make test-abi (the same wheel under another torch; fetches GBs).
+# More: make nightly (kernels for all architectures, all emulated tests), make lint (formats and types), make test-abi (the same wheel under another torch; fetches GBs).
 
 PYTHON ?= python3
 # Installed first, so that nothing that follows brings a torch of its own.
@@ -22,7 +22,7 @@ TEST := .venv-test/bin/python
 DEMO := .venv-demo/bin/python
 INSTALL := -m pip install --quiet --no-build-isolation -C cmake.define.QLORA_WERROR=$(QLORA_WERROR)
 
-.PHONY: demo test test-abi test-cuda-build lint clean
+.PHONY: demo test test-abi test-cuda-build nightly lint clean
 
 demo: .venv-demo/ready
 	$(DEMO) $(INSTALL) '.[demo]'
@@ -34,8 +34,14 @@ test: .venv-test/ready
 
 # The CUDA kernels for every architecture, through the compiler's report.
 test-cuda-build: .venv-test/ready
+	$(TEST) $(INSTALL) -C cmake.define.QLORA_EMULATION=ON '.[test]'
 	QLORA_TEST_CUDA_ARCHITECTURES='75 80 86 89 90a 100a 120a' \
 	    $(TEST) -m pytest tests/python/test_cuda_build.py
+
+# What CI has no time for: every architecture, and every test that the emulator runs.
+nightly: test-cuda-build
+	QLORA_TEST_ISAS=cuda-emulated $(TEST) -m pytest -m emulated
+	$(TEST) -m pytest tests/python/test_emulation.py tests/python/test_gpu_acceptance.py
 
 test-abi: .venv-test/ready
 	$(TEST) $(INSTALL) '.[test]'
