@@ -23,7 +23,7 @@ class Tier(enum.IntEnum):
     """Where a case is run; each tier has all cases of the ones before it."""
 
     CORE = 0  # pytest bench, bench.compare: a minute
-    REPORT = 1  # bench.report: some twenty minutes
+    REPORT = 1  # bench.report: a quarter of an hour
     FULL = 2  # with --full
 
 

@@ -14,6 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from bench import record
+
 INK, RULE, SLOWER = "#333333", "#DDDDDD", "#B30000"
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
@@ -50,7 +52,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 def where_and_when(report: dict[str, Any]) -> str:
     machine = report["machine"]
-    return f"{machine['processor']}, {machine['threads']} threads, {machine['date']}"
+    return f"{machine['processor']}, {machine['threads']} threads, {record.days(report)}"
 
 
 def colour_of(isa: str) -> str:

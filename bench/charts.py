@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def draw(report: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Writes a PNG for the roofline and one for each section's peers; returns them by title."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = {title: _timed(data) for title, data in report["sections"].items()}
+    sections = {title: _timed(kept["data"]) for title, kept in report["sections"].items()}
     rows = [row for timed in sections.values() for row in timed]
     images: dict[str, Path] = {}
     if any(row["flops"] for row in rows):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import random
 import statistics
 import sys
@@ -23,7 +24,7 @@ import torch
 
 import qlora_native
 from bench.case import COMPILED, OURS, Call, Case, Tier, is_ours
-from bench.limit_model import least_seconds
+from bench.limit_model import least_seconds, working_sets
 from bench.limits import TRIES, Limits, measure, probe
 
 Samples = dict[str, list[float]]  # contender -> seconds a call, round by round
@@ -33,26 +34,32 @@ Samples = dict[str, list[float]]  # contender -> seconds a call, round by round
 class Budget:
     """How long a case may take.
 
-    At least `rounds`, and more until `seconds` are over; three are enough once `patience` is. A
-    peer whose call takes more than `hopeless` seconds is timed once (torch's fp16 product of a
-    matrix takes a hundred times as long as its fp32 one where the processor has no such
-    instructions).
+    At least `rounds`, and more until `seconds` are over or every contender has settled: its median
+    is no more than `settled` above its best. Three are enough once `patience` is over. A peer is
+    timed once if its call takes more than `hopeless` seconds, or a quarter of that and ten times as
+    long as ours (bitsandbytes quantizes a hundred times more slowly; torch's fp16 product of a
+    matrix takes as many times as long as its fp32 one where the processor lacks the instructions).
     """
 
     rounds: int = 7
-    seconds: float = 2.5
+    seconds: float = 1.5
     max_rounds: int = 60
     seconds_per_sample: float = 0.01  # short calls are repeated for so long
-    patience: float = 10.0
-    hopeless: float = 2.5
+    settled: float = 0.02
+    patience: float = 5.0
+    hopeless: float = 1.5
     limit_tries: int = TRIES
 
-    def goes_on(self, rounds: int, seconds: float) -> bool:
+    def once_is_enough(self, peer: float, ours: float) -> bool:
+        """By the seconds of a call."""
+        return peer > (self.hopeless if peer < 10 * ours else self.hopeless / 4)
+
+    def goes_on(self, rounds: int, seconds: float, spread: float = math.inf) -> bool:
         if rounds < min(3, self.rounds):
             return True
         if rounds < self.rounds:
             return seconds < self.patience
-        return rounds < self.max_rounds and seconds < self.seconds
+        return rounds < self.max_rounds and seconds < self.seconds and spread > self.settled
 
 
 SMOKE = Budget(rounds=1, seconds=0.0, max_rounds=1, seconds_per_sample=0.0, limit_tries=1)
@@ -118,6 +125,14 @@ def sample(call: Call, calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
+def _spread(samples: Samples) -> float:
+    """The largest of the contenders' median / best - 1, of those timed more than once."""
+    return max(
+        (statistics.median(s) / min(s) - 1 for s in samples.values() if len(s) > 1),
+        default=math.inf,
+    )
+
+
 def time_contenders(
     contenders: dict[str, Call],
     budget: Budget,
@@ -131,23 +146,27 @@ def time_contenders(
     shuffle = random.Random(seed)
     calls = {}
     samples: Samples = {}
-    for name, call in contenders.items():
+    ours = math.inf
+    for name in sorted(contenders, key=is_ours, reverse=True):
+        call = contenders[name]
         prepare(name)
         once = sample(call, 1)  # it pays for page faults, tables and compilation
-        if once < 4 * budget.hopeless or is_ours(name) or name.endswith(COMPILED):
+        if once < budget.hopeless or is_ours(name) or name.endswith(COMPILED):
             once = sample(call, 1)
         samples[name] = []
-        if once > budget.hopeless and not is_ours(name):
+        if is_ours(name):
+            ours = min(ours, once)
+        elif budget.once_is_enough(once, ours):
             samples[name].append(once)
-        else:
-            calls[name] = _calls(once, budget.seconds_per_sample)
+            continue
+        calls[name] = _calls(once, budget.seconds_per_sample)
     order = list(calls)
     collecting = gc.isenabled()
     gc.disable()
     try:
         begin = time.perf_counter()
         rounds = 0
-        while budget.goes_on(rounds, time.perf_counter() - begin):
+        while budget.goes_on(rounds, time.perf_counter() - begin, _spread(samples)):
             shuffle.shuffle(order)
             for name in order:
                 prepare(name)
@@ -184,13 +203,12 @@ def _time_case(case: Case, budget: Budget, isas: Sequence[str]) -> Iterator[tupl
 def run(cases: Iterable[Case], budget: Budget, isas: Sequence[str]) -> Iterator[Row]:
     """Time every case, ours under each of the instruction sets."""
     limits = measure(torch.get_num_threads(), budget.limit_tries)
-    before = limits if budget is SMOKE else probe(limits)
     for case in cases:
         print(f"  {case.name}", file=sys.stderr, flush=True)
+        sizes = [] if budget is SMOKE else working_sets(case, limits, isas)
+        before = probe(limits, sizes)
         timed = list(_time_case(case, budget, isas))
-        after = limits if budget is SMOKE else probe(limits)
-        then = limits.as_seen_by(before, after)
-        before = after
+        then = limits.as_seen_by(before, probe(limits, sizes))
         for isa, samples in timed:
             yield Row(case, isa, limits, then, samples)
 

@@ -13,6 +13,8 @@ In both, reading alone, writing alone and all together are each held to their ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bench.case import Case
 from bench.limits import ANY, READ, WRITE, Limits
 
@@ -25,6 +27,19 @@ _WIDENED = {"avx512bf16": "avx512"}
 
 def least_seconds(case: Case, limits: Limits, isa: str) -> float:
     return max(_moving(case, limits), case.flops / limits.flops[_flops_isa(case, isa)])
+
+
+# Where FLOPs take so many times as long as moving, what the memory does now is of no interest.
+_COMPUTES = 4.0
+
+
+def working_sets(case: Case, limits: Limits, isas: Sequence[str]) -> list[int]:
+    """Bytes of the working sets whose bandwidth decides, where the memory's does."""
+    flops = min(case.flops / limits.flops[_flops_isa(case, isa)] for isa in isas)
+    if flops > _COMPUTES * _moving(case, limits):
+        return []
+    touched = case.read + (0 if case.in_place else case.write)
+    return sorted({touched} if case.in_place else {touched, case.read, case.write})
 
 
 def _flops_isa(case: Case, isa: str) -> str:

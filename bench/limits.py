@@ -1,8 +1,8 @@
 """The machine's limits, measured by limits.c, which is compiled when it is first needed.
 
 A limit is the best that was ever seen: on a shared machine the bandwidth of one moment is half that
-of another, so what lies past a core's own caches is probed again after each case, and a limit never
-falls. What the probes beside a case saw is kept with its row.
+of another, so the working sets of a case that lie past a core's own caches are probed just before
+and after it, and a limit never falls. What the probes beside a case saw is kept with its row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,16 +63,16 @@ class Limits:
         for isa, rate in other.flops.items():
             self.flops[isa] = max(self.flops[isa], rate)
         for level, rates in other.bandwidth.items():
-            mine = self.bandwidth[level]
-            mine.update({kind: max(mine[kind], rate) for kind, rate in rates.items()})
+            mine = self.bandwidth.get(level, {})
+            raised = {kind: max(mine.get(kind, rate), rate) for kind, rate in rates.items()}
+            self.bandwidth[level] = mine | raised
 
     def as_seen_by(self, *probes: Limits) -> Limits:
         """These limits, but where the probes looked, the best of theirs."""
-        seen = {
-            level: {kind: max(probe.bandwidth[level][kind] for probe in probes) for kind in rates}
-            for level, rates in probes[0].bandwidth.items()
-        }
-        return replace(self, bandwidth={**self.bandwidth, **seen})
+        seen = Limits(self.threads, self.flops, {})
+        for probed in probes:
+            seen.raise_to(Limits(probed.threads, {}, probed.bandwidth))
+        return replace(self, bandwidth={**self.bandwidth, **seen.bandwidth})
 
     def to_json(self) -> dict[str, object]:
         return {"threads": self.threads, "flops": self.flops, "bandwidth": self.bandwidth}
@@ -140,11 +140,16 @@ def measure(threads: int, tries: int = TRIES) -> Limits:
     return _measure_now(threads, tries, working_sets(threads))
 
 
-def probe(limits: Limits) -> Limits:
-    """What memory and the shared cache do now, in about a second; the limits are raised to it."""
-    sets = working_sets(limits.threads)
-    names = list(sets)
-    past_core = {name: sets[name] for name in names[names.index("L3") :]}
-    seen = _measure_now(limits.threads, _PROBE_TRIES, past_core)
+def probe(limits: Limits, sizes: Sequence[int]) -> Limits:
+    """What memory and the shared caches do now with so many bytes; the limits are raised to it.
+
+    Sets that fit into the cores' own caches are left out: nobody else has a part in those.
+    """
+    own = 2 * _cache_bytes(2)
+    sets = {f"{size / 1e6:.4g} MB": size // limits.threads for size in sizes}
+    shared = {name: size for name, size in sets.items() if size > own}
+    if not shared:
+        return Limits(limits.threads, {}, {})
+    seen = _measure_now(limits.threads, _PROBE_TRIES, shared)
     limits.raise_to(seen)
     return seen

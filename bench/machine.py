@@ -52,10 +52,17 @@ def huge_pages() -> str:
     return f"{setting} (THP_MEM_ALLOC_ENABLE={os.environ.get('THP_MEM_ALLOC_ENABLE', '0')})"
 
 
-def describe() -> dict[str, Any]:
+def moment() -> dict[str, Any]:
+    """When, and with which code."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
+    }
+
+
+def describe() -> dict[str, Any]:
+    """What stays the same while sections of one report are made."""
+    return {
         "processor": _first("/proc/cpuinfo", "model name", platform.processor()),
         "family_model": "/".join(
             _first("/proc/cpuinfo", key, "?") for key in ("cpu family", "model")

@@ -16,7 +16,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from bench import record
 from bench.case import OURS, is_ours
+from bench.record import Record
 from bench.tables import ratio, share
 
 ROOT = Path(__file__).parent.parent
@@ -52,12 +54,12 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
-def _op_rows(sections: dict[str, Any], isa: str) -> list[str]:
+def _op_rows(report: Record, isa: str) -> list[str]:
     """Ours as it runs by itself: forced to a narrower set it would meet peers that are not."""
     found = {
         row["case"]: row
         for section in CASES
-        for row in sections.get(section, [])
+        for row in record.data(report, section, [])
         if row["isa"] == isa
     }
     labels = {case: label for cases in CASES.values() for case, label in cases.items()}
@@ -99,26 +101,26 @@ def _perplexity_line(perplexity: dict[str, Any]) -> str:
     return f"Held-out perplexity over the same {steps} steps: {told}."
 
 
-def render(report: dict[str, Any]) -> str:
+def render(report: Record) -> str:
     """The README's part, from the report's data."""
-    machine, sections = report["machine"], report["sections"]
+    machine = report["machine"]
     isa = machine["isas"][-1]  # the widest, which is the default
     about = (
-        f"{machine['processor']} ({isa}), {machine['threads']} threads, {machine['date']}, torch "
-        f"{machine['torch']}, bitsandbytes {machine['bitsandbytes']}; 4096 × 4096, NF4 with double "
-        "quantization. *Of limit* is the least time that the machine's measured bandwidth and FMA "
-        "rate allow over ours; the last column is how many times faster ours is."
+        f"{machine['processor']} ({isa}), {machine['threads']} threads, {record.days(report)}, "
+        f"torch {machine['torch']}, bitsandbytes {machine['bitsandbytes']}; 4096 × 4096, NF4 "
+        "with double quantization. *Of limit* is the least time that the machine's measured "
+        "bandwidth and FMA rate allow over ours; the last column is how many times faster ours is."
     )
     lines = [
         *textwrap.wrap(about, 108),
         "",
         "| work | ours | of limit | ours against |",
         "|---|---:|---:|---|",
-        *_op_rows(sections, isa),
+        *_op_rows(report, isa),
     ]
-    if step := sections.get("Training step"):
+    if step := record.data(report, "Training step"):
         lines += ["", *textwrap.wrap(_step_line(step), 108)]
-    if perplexity := sections.get("Held-out perplexity"):
+    if perplexity := record.data(report, "Held-out perplexity"):
         lines += ["", _perplexity_line(perplexity)]
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,7 @@
 """Runs all benchmarks in one process; writes docs/benchmarks.md, benchmarks.json and their charts.
 
-    python -m bench.report                      # everything, on this machine, some 25 minutes
-    python -m bench.report --only adamw         # one of them
+    python -m bench.report                      # everything, on this machine, some 15 minutes
+    python -m bench.report --only adamw         # that section anew, the others stay as they are
     python -m bench.report --full               # every case, some hours
     python -m bench.report --quick --out /tmp   # tiny shapes: does it all run?
     THP_MEM_ALLOC_ENABLE=1 python -m bench.report   # torch's large tensors in huge pages, for all
@@ -12,9 +12,9 @@ A bench file has either cases(), which the harness times, or section(), which me
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -23,9 +23,12 @@ from typing import Any
 import torch
 
 import qlora_native
-from bench import charts, harness, limits, machine, tables
+from bench import charts, harness, limits, machine, record, tables
 from bench.case import Tier
+from bench.record import Record
 from bench.section import FOLDER, Section, modules
+
+_DOCS = FOLDER.parent / "docs"
 
 _ABOUT = (
     "Contenders run in one process, in shuffled rounds. *Median* and *best* are ours. *vs peer* is "
@@ -59,8 +62,11 @@ def _gigabytes(level: dict[str, float]) -> str:
     return " | ".join(f"{level[kind] / 1e9:.0f}" if kind in level else "–" for kind in kinds)
 
 
-def _head(info: dict[str, Any], measured: limits.Limits) -> str:
-    flops = ", ".join(f"{isa} {rate / 1e9:.0f}" for isa, rate in measured.flops.items())
+def _head(report: Record) -> str:
+    info, measured = report["machine"], report["limits"]
+    flops = ", ".join(f"{isa} {rate / 1e9:.0f}" for isa, rate in measured["flops"].items())
+    standing = limits.working_sets(measured["threads"])
+    levels = {name: measured["bandwidth"][name] for name in standing}
     lines = [
         "# Benchmarks",
         "",
@@ -71,25 +77,42 @@ def _head(info: dict[str, Any], measured: limits.Limits) -> str:
         *textwrap.wrap(_ABOUT_LIMITS, 100),
         "",
         f"- {info['processor']} (family/model {info['family_model']}), {info['cores']} cores, "
-        f"{info['threads']} threads used, {info['memory']}; ISAs {', '.join(info['isas'])}",
-        f"- {info['date']}, commit {info['commit']}; load average {info['load_before']} before, "
-        f"{info['load_after']} after; transparent huge pages {info['huge_pages']}",
+        f"{info['threads']} threads used, {info['memory']}; ISAs {', '.join(info['isas'])}; "
+        f"transparent huge pages {info['huge_pages']}",
         f"- torch {info['torch']}, bitsandbytes {info['bitsandbytes']}, torchao {info['torchao']}, "
         f"transformers {info['transformers']}, peft {info['peft']}, Python {info['python']}",
         f"- GFLOP/s, all threads (avx512bf16: bf16 pair products): {flops}",
         "",
-        "GB/s of all threads by working set (MB of all threads), the best of all measurements of "
-        "the run; a copy and an update in place count both ways:",
+        "GB/s of all threads by working set (MB of all threads), the best of all measurements; a "
+        "copy and an update in place count both ways:",
         "",
         "| | MB | read | write | copy | update | write, non-temporal | copy, non-temporal |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
         *(
-            f"| {name} | {level['bytes_per_thread'] * measured.threads / 1e6:.3g} "
+            f"| {name} | {level['bytes_per_thread'] * measured['threads'] / 1e6:.3g} "
             f"| {_gigabytes(level)} |"
-            for name, level in measured.bandwidth.items()
+            for name, level in levels.items()
         ),
     ]
     return "\n".join(lines)
+
+
+def _section(title: str, kept: dict[str, Any]) -> str:
+    made = kept["made"]
+    told = (
+        f"{made['date']}, commit {made['commit']}; load average {made['load_before']} before, "
+        f"{made['load_after']} after; {made['seconds']:.0f} s."
+    )
+    return f"## {title}\n\n{told}\n\n{kept['markdown']}"
+
+
+def write(report: Record, out: Path) -> None:
+    """The Markdown and the charts, from the report's JSON alone."""
+    images = charts.draw(report, out / "images")
+    drawn = "\n\n".join(f"![{title}](images/{path.name})" for title, path in images.items())
+    sections = [_section(title, kept) for title, kept in report["sections"].items()]
+    parts = [_head(report), drawn, *sections]
+    (out / "benchmarks.md").write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
 def main() -> None:
@@ -97,38 +120,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="tiny shapes, one round")
+    extent.add_argument("--quick", action="store_true", help="tiny shapes, one round; needs --out")
     extent.add_argument("--full", action="store_true", help="every case")
     parser.add_argument("--only", action="append", default=[], metavar="OP")
     parser.add_argument("--isa", action="append", help="ours under this ISA (may be repeated)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=FOLDER.parent / "docs")
+    parser.add_argument("--out", type=Path, default=_DOCS)
     args = parser.parse_args()
+    if args.quick and args.out == _DOCS:
+        parser.error("--quick would put tiny shapes into docs/: give it a folder with --out")
     torch.set_num_threads(args.threads)
     tier = Tier.FULL if args.full else Tier.REPORT
     budget = harness.SMOKE if args.quick else harness.Budget()
+    order = [module.TITLE for _, module in modules()]
 
-    chosen = modules(args.only)
-    info = {**machine.describe(), "load_before": machine.load()}
+    path = args.out / "benchmarks.json"
+    report = record.load(path, machine.describe())
     measured = limits.measure(args.threads, budget.limit_tries)
-    sections = []
-    for name, module in chosen:
+    if report["limits"] is not None:
+        measured.raise_to(limits.Limits(**report["limits"]))
+    for name, module in modules(args.only):
         print(name, file=sys.stderr, flush=True)
-        isas = args.isa or [qlora_native.cpu_isa()]
-        sections.append(make_section(module, tier, budget, isas))
-    info["load_after"] = machine.load()
-
-    data = {
-        "machine": info,
-        "limits": measured.to_json(),
-        "sections": {s.title: s.data for s in sections},
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "benchmarks.json").write_text(json.dumps(data, indent=1) + "\n")
-    images = charts.draw(data, args.out / "images")
-    drawn = "\n\n".join(f"![{title}](images/{path.name})" for title, path in images.items())
-    parts = [_head(info, measured), drawn, *(f"## {s.title}\n\n{s.markdown}" for s in sections)]
-    (args.out / "benchmarks.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+        made = {**machine.moment(), "load_before": machine.load()}
+        began = time.monotonic()
+        section = make_section(module, tier, budget, args.isa or [qlora_native.cpu_isa()])
+        made |= {"load_after": machine.load(), "seconds": round(time.monotonic() - began, 1)}
+        report["limits"] = measured.to_json()
+        record.put(report, section, made, order)
+        record.save(report, path)  # a run that is cut off keeps what it has made
+    write(report, args.out)
     print(f"wrote benchmarks.md, benchmarks.json and images in {args.out}", file=sys.stderr)
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import bench_threads, charts
+from bench import bench_threads, charts, record
 from bench.bench_linear import cases
 from bench.case import OURS, Tier
 from bench.harness import Budget, median_ratio, time_contenders
-from bench.section import all_cases, names
+from bench.section import Section, all_cases, names
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n"
@@ -32,6 +32,7 @@ def test_report(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads((tmp_path / "benchmarks.json").read_text())
     assert len(report["sections"]) == len(names())
+    assert all(kept["made"]["commit"] for kept in report["sections"].values())
     for level in ("L1", "L2", "L3", "memory"):
         assert report["limits"]["bandwidth"][level]["copy"] > 1e8
     assert report["limits"]["flops"]["scalar"] > 1e8
@@ -105,6 +106,30 @@ def test_budget_ends() -> None:
     assert not budget.goes_on(rounds=7, seconds=3.0)
     assert budget.goes_on(rounds=59, seconds=2.9)
     assert not budget.goes_on(rounds=60, seconds=0.1)
+    assert not budget.goes_on(rounds=7, seconds=0.1, spread=budget.settled)
+    assert budget.goes_on(rounds=6, seconds=0.1, spread=0.0)
+    assert budget.once_is_enough(peer=0.4, ours=0.03)
+    assert not budget.once_is_enough(peer=0.4, ours=0.05)
+
+
+def test_a_report_is_made_section_by_section(tmp_path: Path) -> None:
+    path, machine, order = (
+        tmp_path / "benchmarks.json",
+        {"processor": "P", "torch": "2.13"},
+        list("abc"),
+    )
+    report = record.load(path, machine)
+    for title in "cab":
+        made = {"date": f"2026-11-2{order.index(title)} 10:00 UTC"}
+        record.put(report, Section(title, title.upper(), [title]), made, order)
+    record.save(report, path)
+
+    report = record.load(path, machine)
+    record.put(report, Section("b", "B", ["anew"]), {"date": "2026-11-25 10:00 UTC"}, order)
+    assert list(report["sections"]) == order
+    assert [record.data(report, title) for title in order] == [["a"], ["anew"], ["c"]]
+    assert record.days(report) == "2026-11-20 and 2026-11-22 and 2026-11-25"
+    assert record.load(path, {**machine, "torch": "2.14"})["sections"] == {}
 
 
 def test_the_committed_report_can_be_drawn_again(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bench.case import Case
-from bench.limit_model import least_seconds
+from bench.limit_model import least_seconds, working_sets
 from bench.limits import ANY, READ, WRITE, Limits
 
 MB, GB = 10**6, 10**9
@@ -76,6 +76,14 @@ def test_in_place_counts_a_byte_once_in_the_working_set(limits: Limits) -> None:
     in_place = Case("op", "shape", torch.float32, {}, in_place=True, **work)
     assert least_seconds(in_place, limits, "avx2") == pytest.approx(0.032 / 200)
     assert least_seconds(case(**work), limits, "avx2") < 0.032 / 40
+
+
+def test_working_sets_are_those_that_decide(limits: Limits) -> None:
+    moved = {"read": 256 * MB, "write": 16 * MB}
+    assert working_sets(case(**moved), limits, ["avx2"]) == [16 * MB, 256 * MB, 272 * MB]
+    in_place = Case("op", "shape", torch.float32, {}, in_place=True, **moved)
+    assert working_sets(in_place, limits, ["avx2"]) == [256 * MB]
+    assert working_sets(case(**moved, flops=40 * GB), limits, ["avx2"]) == []
 
 
 def test_as_seen_by_probes(limits: Limits) -> None:
