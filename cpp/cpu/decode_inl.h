@@ -16,21 +16,13 @@
 
 namespace qlora::cpu {
 
-// The values that the codes of one block stand for.
-template <class V>
-[[gnu::always_inline]] inline typename V::Table block_table(const Weight4bit& weight,
-                                                            std::int64_t block) {
-  return V::scaled(V::table(weight.format.values), block_scale<V>(weight.scales, block));
-}
-
-// The same, rounded to T where that is a 16-bit type.
+// The values that a block's codes stand for, rounded to T where that is a 16-bit type.
 template <class V, class T>
-[[gnu::always_inline]] inline auto block_table_of(const Weight4bit& weight, std::int64_t block) {
-  const auto table = block_table<V>(weight, block);
+[[gnu::always_inline]] inline auto block_table(const typename V::Table& values, float scale) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    return table;
+    return V::scaled(values, scale);
   } else {
-    return V::template half_table<T>(table);
+    return V::template half_table<T>(V::scaled(values, scale));
   }
 }
 
@@ -79,11 +71,12 @@ template <class V, Write kWrite, class T>
 template <class V, Write kWrite = Write::cached, class T>
 void decode_run(const Weight4bit& weight, std::int64_t first, std::int64_t count, T* out) {
   const std::int64_t end = first + count;
+  const auto values = V::table(weight.format.values);
   std::int64_t block = first / weight.blocksize;
   for (std::int64_t i = first; i < end; ++block) {
     const std::int64_t block_end = (block + 1) * weight.blocksize;
     const std::int64_t stop = block_end < end ? block_end : end;
-    const auto table = block_table_of<V, T>(weight, block);
+    const auto table = block_table<V, T>(values, block_scale<V>(weight.scales, block));
     if (i % 2 != 0) {
       const auto byte = static_cast<std::uint8_t>(weight.packed[i / 2] << 4);
       decode_aligned<V, Write::cached>(table, &byte, 1, out);
@@ -93,6 +86,30 @@ void decode_run(const Weight4bit& weight, std::int64_t first, std::int64_t count
     decode_aligned<V, kWrite>(table, weight.packed + i / 2, stop - i, out);
     out += stop - i;
     i = stop;
+  }
+}
+
+// The values of the whole blocks begin .. end - 1, from out[0] on; kStep divides the blocksize. The
+// scales of some are found together, and nothing is left to do for each but its table and its
+// look-ups: of a short block the rest costs as much as these do.
+template <class V, Write kWrite, int kStep, class T>
+void decode_blocks(const Weight4bit& weight, std::int64_t begin, std::int64_t end, T* out) {
+  constexpr std::int64_t kTogether = 64;
+  const auto values = V::table(weight.format.values);
+  const std::int64_t blocksize = weight.blocksize;
+  const std::uint8_t* packed = weight.packed + begin * blocksize / 2;
+  for (std::int64_t first = begin; first < end; first += kTogether) {
+    float scales[kTogether];
+    const std::int64_t blocks = end - first < kTogether ? end - first : kTogether;
+    block_scales<V>(weight.scales, first, blocks, scales);
+    for (std::int64_t block = 0; block < blocks; ++block) {
+      const auto table = block_table<V, T>(values, scales[block]);
+      for (std::int64_t i = 0; i < blocksize; i += kStep) {
+        decode_aligned<V, kWrite>(table, packed, kStep, out);
+        packed += kStep / 2;
+        out += kStep;
+      }
+    }
   }
 }
 

@@ -28,22 +28,33 @@ bool is_streamed(const void* out, std::int64_t bytes) {
          reinterpret_cast<std::uintptr_t>(out) % kStreamAlignment == 0;
 }
 
+template <class V, Write kWrite, class T>
+void decode_whole_blocks(const Weight4bit& weight, std::int64_t begin, std::int64_t end, T* out) {
+  T* const first = out + begin * weight.blocksize;
+  if (weight.blocksize == kMinBlocksize) {
+    decode_blocks<V, kWrite, kMinBlocksize>(weight, begin, end, first);
+  } else {
+    decode_blocks<V, kWrite, 2 * kMinBlocksize>(weight, begin, end, first);
+  }
+}
+
 template <class V>
 Status dequantize_4bit(const Dequantize4bitParams& p, const Context& context) {
   const std::int64_t n = p.weight.rows * p.weight.cols;
   const std::int64_t blocksize = p.weight.blocksize;
   const bool streamed = is_streamed<V>(p.out, n * size_of(p.dtype));
   const auto run = [&](std::int64_t begin, std::int64_t end) {
-    const std::int64_t first = begin * blocksize;
-    const std::int64_t last = end * blocksize < n ? end * blocksize : n;
+    const std::int64_t full = n / blocksize < end ? n / blocksize : end;
     with_type(p.dtype, [&]<class T>() {
-      T* const out = static_cast<T*>(p.out) + first;
+      T* const out = static_cast<T*>(p.out);
       if (streamed) {
-        decode_run<V, Write::streamed>(p.weight, first, last - first, out);
+        decode_whole_blocks<V, Write::streamed>(p.weight, begin, full, out);
         V::stream_fence();
       } else {
-        decode_run<V>(p.weight, first, last - first, out);
+        decode_whole_blocks<V, Write::cached>(p.weight, begin, full, out);
       }
+      const std::int64_t rest = full * blocksize;
+      if (full < end) decode_run<V>(p.weight, rest, n - rest, out + rest);
     });
   };
   parallel_for(context, n_blocks(n, blocksize), ceil_div(kDequantizeGrain, blocksize), run);
