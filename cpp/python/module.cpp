@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "linear_choices.h"
 #include "qlora_native/dynamic_map.h"
 #include "qlora_native/format.h"
 #include "qlora_native/runtime.h"
@@ -75,6 +76,17 @@ void force_cuda_linear(const std::optional<std::string>& forward,
   force(true, forward);
   force(false, backward_input);
 }
+
+std::optional<std::string> last_cuda_linear_way(const std::string& direction) {
+  const char* name = qlora::last_cuda_linear_way(qlora::python::is_forward(direction));
+  return name != nullptr ? std::optional<std::string>(name) : std::nullopt;
+}
+
+void set_cuda_linear_choices(int device, const std::vector<qlora::python::ChoiceRow>& rows) {
+  if (!qlora::set_cuda_linear_choices(device, qlora::python::as_choices(rows))) {
+    throw std::invalid_argument("set_cuda_linear_choices: a row names a way that is not built");
+  }
+}
 #endif
 
 py::dict build_info() {
@@ -113,6 +125,11 @@ PYBIND11_MODULE(_core, m) {
   m.def("force_cuda_linear", &force_cuda_linear, py::arg("forward").none(true),
         py::arg("backward_input").none(true),
         "Multiply by 4-bit weights on a GPU in that way alone, process-wide; None: by the table.");
+  m.def("last_cuda_linear_way", &last_cuda_linear_way, py::arg("direction"),
+        "The way that the latest call took, or None.");
+  m.def("set_cuda_linear_choices", &set_cuda_linear_choices, py::arg("device"), py::arg("rows"),
+        "What was measured on that device, in place of what it had: (direction, dtype, "
+        "double_quant, n, k, blocksize, most_m, way) each.");
 #endif
   m.def("codebook", &codebook, py::arg("format"), "The 16 values of 'nf4' or 'fp4', by code.");
   m.def("dynamic_map", &dynamic_map, py::arg("signed"),

@@ -22,6 +22,12 @@ bool force_cuda_linear(bool forward, const char* name) {
   return cuda::force_way(direction(forward), name);
 }
 
+const char* last_cuda_linear_way(bool forward) { return cuda::last_way(direction(forward)); }
+
+bool set_cuda_linear_choices(int device, std::span<const LinearChoice> choices) {
+  return cuda::set_choices(device, choices);
+}
+
 namespace torch_ops {
 namespace {
 

@@ -1,4 +1,5 @@
-// Which way a product with a 4-bit weight takes: a list of the ways, and a table of choices.
+// Which way a product with a 4-bit weight takes: a list of the ways, and the table of choices that
+// the package ships. What a tuner measures on a device comes before it (linear_measured.h).
 //
 // What is not built is not in the list. Every row of the table says why; none has been measured,
 // for no GPU has run them: the reasons are counts of bytes and flops.
@@ -6,9 +7,11 @@
 #include <cstdlib>
 #include <limits>
 #include <string_view>
+#include <vector>
 
 #include "device/launch.cuh"
 #include "launch/linear_few_rows.h"
+#include "launch/linear_measured.h"
 #include "launch/linear_paths.h"
 
 namespace qlora::cuda {
@@ -16,7 +19,9 @@ namespace {
 
 // What the choice depends on. A case is the product [M, depth] x [depth, columns].
 struct Case {
+  int device;
   int architecture;  // 80, 90, …
+  Direction direction;
   DType dtype;
   std::int64_t m, n, k;
   const void* activations;  // x or grad_out
@@ -121,6 +126,11 @@ int index_of(const Way<Params> (&ways)[kWays], const char* name) {
   return way == nullptr ? kUnknown : static_cast<int>(way - ways);
 }
 
+int index_of(Direction direction, const char* name) {
+  return direction == Direction::forward ? index_of(kForwardWays, name)
+                                         : index_of(kBackwardWays, name);
+}
+
 std::atomic<int>& forced_forward() {
   static std::atomic<int> way = index_of(kForwardWays, std::getenv("QLORA_CUDA_FORWARD"));
   return way;
@@ -131,6 +141,23 @@ std::atomic<int>& forced_backward() {
   return way;
 }
 
+// The way of the latest call, an index; kByTable before the first.
+std::atomic<int>& last(Direction direction) {
+  static std::atomic<int> forward = kByTable, backward_input = kByTable;
+  return direction == Direction::forward ? forward : backward_input;
+}
+
+MeasuredCase as_measured(const Case& c) {
+  return {.device = c.device,
+          .direction = c.direction,
+          .dtype = c.dtype,
+          .double_quant = c.weight->scales.double_quantized(),
+          .n = c.n,
+          .k = c.k,
+          .blocksize = c.weight->blocksize,
+          .m = c.m};
+}
+
 template <class Params, std::size_t kWays, std::size_t kChoices>
 Status run(const Way<Params> (&ways)[kWays], const Choice (&choices)[kChoices], int forced,
            const Case& c, const Params& p, const LoraTerm* lora, const Context& context) {
@@ -139,16 +166,22 @@ Status run(const Way<Params> (&ways)[kWays], const Choice (&choices)[kChoices], 
             "QLORA_CUDA_FORWARD or QLORA_CUDA_BACKWARD names a way that this build does not have; "
             "build_info() lists those it has"};
   }
+  const auto take = [&](const Way<Params>& way) {
+    last(c.direction).store(static_cast<int>(&way - ways), std::memory_order_relaxed);
+    return way.run(p, lora, context);
+  };
   if (forced != kByTable) {
-    const auto& way = ways[forced];
-    if (way.serves(c)) return way.run(p, lora, context);
+    if (ways[forced].serves(c)) return take(ways[forced]);
     return {StatusCode::unsupported,
             "the way that was forced does not serve this dtype, shape, alignment or architecture"};
+  }
+  if (const int i = measured_way(as_measured(c)); i != kNotMeasured && ways[i].serves(c)) {
+    return take(ways[i]);
   }
   for (const Choice& choice : choices) {
     if (!holds(choice, c)) continue;
     const auto* way = find(ways, choice.way);
-    if (way->serves(c)) return way->run(p, lora, context);
+    if (way->serves(c)) return take(*way);
   }
   return {StatusCode::unsupported, "no way serves this case"};
 }
@@ -156,7 +189,9 @@ Status run(const Way<Params> (&ways)[kWays], const Choice (&choices)[kChoices], 
 }  // namespace
 
 Status linear_by_any_way(const LinearParams& p, const LoraTerm* lora, const Context& context) {
-  Case c{.architecture = 0,
+  Case c{.device = context.device,
+         .architecture = 0,
+         .direction = Direction::forward,
          .dtype = p.dtype,
          .m = p.m,
          .n = p.weight.rows,
@@ -170,7 +205,9 @@ Status linear_by_any_way(const LinearParams& p, const LoraTerm* lora, const Cont
 
 Status backward_input_by_any_way(const LinearBackwardInputParams& p, const LoraTerm* lora,
                                  const Context& context) {
-  Case c{.architecture = 0,
+  Case c{.device = context.device,
+         .architecture = 0,
+         .direction = Direction::backward_input,
          .dtype = p.dtype,
          .m = p.m,
          .n = p.weight.rows,
@@ -183,10 +220,9 @@ Status backward_input_by_any_way(const LinearBackwardInputParams& p, const LoraT
 }
 
 bool force_way(Direction direction, const char* name) {
-  const bool forward = direction == Direction::forward;
-  const int way = forward ? index_of(kForwardWays, name) : index_of(kBackwardWays, name);
+  const int way = index_of(direction, name);
   if (way == kUnknown) return false;
-  (forward ? forced_forward() : forced_backward()).store(way);
+  (direction == Direction::forward ? forced_forward() : forced_backward()).store(way);
   return true;
 }
 
@@ -195,6 +231,29 @@ const char* way_name(Direction direction, int i) {
   const int count = static_cast<int>(forward ? std::size(kForwardWays) : std::size(kBackwardWays));
   if (i < 0 || i >= count) return nullptr;
   return forward ? kForwardWays[i].name : kBackwardWays[i].name;
+}
+
+const char* last_way(Direction direction) { return way_name(direction, last(direction).load()); }
+
+bool set_choices(int device, std::span<const LinearChoice> choices) {
+  std::vector<MeasuredWay> ways;
+  ways.reserve(choices.size());
+  for (const LinearChoice& choice : choices) {
+    const Direction direction = choice.forward ? Direction::forward : Direction::backward_input;
+    const int way = index_of(direction, choice.way);
+    if (way < 0) return false;
+    ways.push_back({.most = {.device = device,
+                             .direction = direction,
+                             .dtype = choice.dtype,
+                             .double_quant = choice.double_quant,
+                             .n = choice.n,
+                             .k = choice.k,
+                             .blocksize = choice.blocksize,
+                             .m = choice.most_m},
+                    .way = way});
+  }
+  set_measured_ways(device, ways);
+  return true;
 }
 
 }  // namespace qlora::cuda

@@ -6,8 +6,10 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "qlora_native/backend.h"
+#include "qlora_native/linear_choice.h"
 
 namespace qlora::cuda {
 
@@ -53,16 +55,24 @@ Status add_lora_fma(DType dtype, std::int64_t m, std::int64_t cols, void* out, c
 
 enum class Direction : std::uint8_t { forward, backward_input };
 
-// By the table, or the way that was forced; an error where that one cannot serve the case.
+// The way that was forced, and an error where it cannot serve the case; else the one measured for
+// such a case on that device (linear_measured.h), where it serves; else by the table.
 Status linear_by_any_way(const LinearParams& p, const LoraTerm* lora, const Context& context);
 Status backward_input_by_any_way(const LinearBackwardInputParams& p, const LoraTerm* lora,
                                  const Context& context);
 
 // From now on that way ("plain", …) in every call of that direction, in the whole process; null: by
-// the table again. False where the name is none of that direction's ways. Before the first call of
-// this, QLORA_CUDA_FORWARD and QLORA_CUDA_BACKWARD in the environment name them.
+// what was measured and the table again. False where the name is none of that direction's ways.
+// Before the first call of this, QLORA_CUDA_FORWARD and QLORA_CUDA_BACKWARD in the environment name
+// them.
 bool force_way(Direction direction, const char* name);
 // The name of way i of a direction, or null past the last.
 const char* way_name(Direction direction, int i);
+// The way that the latest call of that direction took, on any thread; null before the first.
+const char* last_way(Direction direction);
+
+// What was measured on a device, in place of what was set for it before. False, and nothing is set,
+// where a choice names a way that is not there.
+bool set_choices(int device, std::span<const LinearChoice> choices);
 
 }  // namespace qlora::cuda

@@ -26,6 +26,18 @@ def force_cuda_linear(forward: str | None, backward_input: str | None) -> None:
     In builds with CUDA; build_info() lists the ways. Raises ValueError where it has no such way.
     """
 
+def last_cuda_linear_way(direction: str) -> str | None:
+    """The way that the latest call took, in builds with CUDA; None before the first."""
+
+def set_cuda_linear_choices(
+    device: int, rows: list[tuple[str, str, bool, int, int, int, int, str]]
+) -> None:
+    """What was measured on that device, in place of what was set for it before.
+
+    A row is (direction, dtype, double_quant, n, k, blocksize, most_m, way). In builds with CUDA.
+    Raises ValueError, and sets nothing, where a row names no direction, dtype or way.
+    """
+
 def codebook(format: str) -> list[float]:
     """The 16 values of "nf4" or "fp4", by code."""
 

@@ -10,6 +10,7 @@
 #include "backend.h"
 #include "counters.h"
 #include "launch/linear_paths.h"
+#include "linear_choices.h"
 #include "machine.h"
 #include "qlora_native/runtime.h"
 
@@ -20,9 +21,7 @@ namespace {
 using qlora::cuda::Direction;
 
 Direction direction(const std::string& name) {
-  if (name == "forward") return Direction::forward;
-  if (name == "backward_input") return Direction::backward_input;
-  throw py::value_error("direction must be 'forward' or 'backward_input', got '" + name + "'");
+  return qlora::python::is_forward(name) ? Direction::forward : Direction::backward_input;
 }
 
 void force_way(const std::string& of, const std::optional<std::string>& name) {
@@ -37,6 +36,17 @@ std::vector<std::string> ways(const std::string& of) {
     names.emplace_back(name);
   }
   return names;
+}
+
+std::optional<std::string> last_way(const std::string& of) {
+  const char* name = qlora::cuda::last_way(direction(of));
+  return name != nullptr ? std::optional<std::string>(name) : std::nullopt;
+}
+
+void set_choices(int device, const std::vector<qlora::python::ChoiceRow>& rows) {
+  if (!qlora::cuda::set_choices(device, qlora::python::as_choices(rows))) {
+    throw py::value_error("a row names a way that is not built");
+  }
 }
 
 void use(bool on) { qlora::serve_host_tensors_by(on ? &qlora::cuda::backend() : nullptr); }
@@ -76,6 +86,9 @@ PYBIND11_MODULE(_emulation, m) {
   m.def("ways", &ways, py::arg("direction"), "The ways in which a 4-bit product can be computed.");
   m.def("force_way", &force_way, py::arg("direction"), py::arg("name").none(true),
         "Take that way in each call from now on; None: the table chooses again.");
+  m.def("last_way", &last_way, py::arg("direction"), "The way that the latest call took, or None.");
+  m.def("set_choices", &set_choices, py::arg("device"), py::arg("rows"),
+        "What was measured on that device: _core.set_cuda_linear_choices.");
   m.def("count", &count, py::arg("on"), "Start counting from zero, or stop.");
   m.def("counts", &counts, "What the launches since then moved (counters.h).");
 }

@@ -34,7 +34,7 @@ MOST_REGISTERS = {
     "linear_fma_kernel": 128,  # two blocks of 256 threads
     "lora_product_kernel": 255,  # 256 threads: lora_product.cuh says why they are enough
 }
-HOST_ONLY = {"backend", "linear_4bit", "linear_paths", "qlora_linear"}
+HOST_ONLY = {"backend", "linear_4bit", "linear_measured", "linear_paths", "qlora_linear"}
 MOST_REGISTERS_OF_TILES = 40
 
 # What a kernel's head comment says it is made of, as machine instructions, from sm_80 on: products
