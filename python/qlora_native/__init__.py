@@ -13,7 +13,8 @@ from qlora_native import _fake as _fake
 from qlora_native import _inplace as _inplace
 from qlora_native import autograd as autograd
 from qlora_native import ops as ops
-from qlora_native._core import available_isas, build_info, codebook, cpu_isa, dynamic_map, force_isa
+from qlora_native._core import available_isas, codebook, cpu_isa, dynamic_map, force_isa
+from qlora_native.tuned_ways import build_info, when_cuda_starts
 
 if TYPE_CHECKING:
     from qlora_native import functional as functional
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from qlora_native.merging import save_merged
     from qlora_native.model import add_lora, merge, quantize, unmerge
     from qlora_native.quant_state import QuantState
+    from qlora_native.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,7 @@ _LAZY = {
     "save_adapter": "adapter",
     "save_merged": "merging",
     "save_quantized": "loading",
+    "tune": "tuning",
     "unmerge": "model",
 }
 _LAZY_MODULES = ("functional", "nn", "optim")
@@ -62,8 +65,11 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "save_quantized",
+    "tune",
     "unmerge",
 ]
+
+when_cuda_starts()
 
 
 def __getattr__(name: str) -> Any:
