@@ -40,6 +40,27 @@ def _microbench(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _tune(result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{result['cases']} cases, in {result.get('table')}; the shipped table names another way "
+        f"than the fastest in {len(result['disagree'])}.",
+        "",
+        "| direction | dtype | N × K | M up to | shipped | fastest | all, µs |",
+        "|---|---|---|---:|---|---|---|",
+    ]
+    for case in result["disagree"]:
+        times = ", ".join(f"{way} {s * 1e6:.1f}" for way, s in case["seconds"].items())
+        lines.append(
+            f"| {case['direction']} | {case['dtype']} | {case['n']} × {case['k']} | "
+            f"{case['most_m']} | {case['shipped']} | {case['way']} | {times} |"
+        )
+    for case in result["no_way"]:
+        lines += ["", f"no way serves {case}"]
+    if result["not_reached"]:
+        lines += ["", f"not reached in time: {result['not_reached']}"]
+    return lines
+
+
 def _as_json(result: dict[str, Any]) -> list[str]:
     return ["```json", json.dumps(result, indent=1), "```"]
 
@@ -63,7 +84,7 @@ def write(setting: Setting, state: dict[str, Any]) -> None:
     for name, ended in state.items():
         lines += ["", f"## {name}", ""]
         if name in results:
-            write_part = _microbench if name == "microbench" else _as_json
+            write_part = {"microbench": _microbench, "tune": _tune}.get(name, _as_json)
             lines += write_part(results[name])
         if ended["log_tail"]:
             lines += ["", "```", ended["log_tail"], "```"]

@@ -28,22 +28,6 @@ def seconds(calls: Sequence[Call], device: torch.device) -> float:
         for call in calls:
             call()
         return (time.perf_counter() - begin) / len(calls)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(_ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times) / len(calls)
+    from qlora_native.graph_timer import graph_seconds
+
+    return statistics.median(graph_seconds(calls, _ROUNDS)) / len(calls)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import qlora_native
+from qlora_native import tuned_ways
 
 pytest.importorskip("qlora_native._emulation", reason="not a build with QLORA_EMULATION=ON")
 acceptance = pytest.importorskip("bench.gpu_acceptance.__main__")
@@ -42,6 +43,16 @@ def test_every_stage_passes_and_is_reported(tmp_path: Path) -> None:
     assert "linear_4bit" in written and "nothing here says anything about a GPU" in written
     again = _run(tmp_path)  # what has passed is not run again
     assert again.returncode == 0 and again.stdout.strip() == str(tmp_path / "report.md")
+
+
+def test_the_tuned_table_lies_beside_the_report(tmp_path: Path) -> None:
+    ran = _run(tmp_path, "--stage", "tune")
+    assert ran.returncode == 0, ran.stdout + ran.stderr + (tmp_path / "tune.log").read_text()
+    result = json.loads((tmp_path / "tune.json").read_text())
+    table = tuned_ways.read(tmp_path / result["table"], tuned_ways.Card("emulator", 90))
+    assert len(table) == result["cases"] == 4 and not result["no_way"]
+    assert [m.disagrees for m in table].count(True) == len(result["disagree"])
+    assert "4 cases" in (tmp_path / "report.md").read_text()
 
 
 def test_the_stages_fit_into_ten_minutes() -> None:
