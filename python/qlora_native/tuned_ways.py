@@ -233,10 +233,13 @@ def build_info() -> dict[str, Any]:
 
 
 def load_for_all() -> None:
-    """The file of every card that is here."""
-    backend = CudaBackend()
-    for device in range(torch.cuda.device_count()):
-        load(backend, device, Card.of(device))
+    """The file of every card that is here. What goes wrong is no reason for CUDA not to start."""
+    try:
+        backend = CudaBackend()
+        for device in range(torch.cuda.device_count()):
+            load(backend, device, Card.of(device))
+    except Exception as error:  # such as a user without a home
+        warnings.warn(f"qlora_native loads no tuned table of ways: {error}", stacklevel=2)
 
 
 def when_cuda_starts(call: Callable[[], None] = load_for_all) -> bool:
