@@ -55,6 +55,7 @@ void Counters::add(Kind kind, const std::vector<Access>& lanes) {
       int in_bank[kBanks] = {};
       int passes = 0;
       for (const std::uintptr_t word : words) passes = std::max(passes, ++in_bank[word % kBanks]);
+      counts_.shared_passes += passes;
       counts_.bank_conflicts += std::max(passes - 1, 0);
     }
     return;

@@ -22,8 +22,10 @@ struct Counts {
   std::int64_t stored_sectors = 0;
   std::int64_t global_instructions = 0;  // of warps
   std::int64_t shared_instructions = 0;  // of warps
-  // Passes over the banks beyond those that the width of the access asks for.
+  std::int64_t shared_passes = 0;        // over the banks, 128 bytes at most each
+  // Those beyond what the width of the access asks for.
   std::int64_t bank_conflicts = 0;
+  std::int64_t tensor_flops = 0;  // of mma.sync: a multiplication and an addition are two
 };
 
 class Counters {
@@ -41,6 +43,10 @@ class Counters {
   // `offset` from the start of an array, which begins at bank 0.
   void shared(std::uintptr_t offset, int bytes, const std::source_location& where) {
     if (enabled_) note(Kind::shared, offset, bytes, where);
+  }
+  // Once a warp's instruction.
+  void product(std::int64_t flops) {
+    if (enabled_) counts_.tensor_flops += flops;
   }
   void end_block();
 

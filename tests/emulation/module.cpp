@@ -60,7 +60,9 @@ py::dict counts() {
   result["stored_sectors"] = counts.stored_sectors;
   result["global_instructions"] = counts.global_instructions;
   result["shared_instructions"] = counts.shared_instructions;
+  result["shared_passes"] = counts.shared_passes;
   result["bank_conflicts"] = counts.bank_conflicts;
+  result["tensor_flops"] = counts.tensor_flops;
   return result;
 }
 

@@ -302,14 +302,15 @@ emulation::Counts count() {
 void test_counters() {
   const auto dense = count<1, 1>();
   expect(dense.loaded_bytes == 128 && dense.loaded_sectors == 4, "32 floats are 4 sectors");
-  expect(dense.bank_conflicts == 0, "32 neighbours have a bank each");
+  expect(dense.bank_conflicts == 0 && dense.shared_passes == 1, "32 neighbours have a bank each");
   const auto second = count<2, 1>();
   expect(second.loaded_sectors == 8 && second.bank_conflicts == 1, "every second float: two ways");
   const auto eighth = count<8, 1>();
   expect(eighth.loaded_sectors == 32 && eighth.bank_conflicts == 7, "every eighth: eight ways");
   const auto wide = count<4, 4>();
   expect(wide.loaded_bytes == 512 && wide.loaded_sectors == 16, "16 bytes a lane are 16 sectors");
-  expect(wide.bank_conflicts == 0, "16 bytes a lane, neighbours: no conflict");
+  expect(wide.bank_conflicts == 0 && wide.shared_passes == 4,
+         "16 bytes a lane, neighbours: four passes, no conflict");
   const auto spread = count<16, 4>();
   expect(spread.loaded_sectors == 32 && spread.bank_conflicts == 4 * 3,
          "16 of every 64 bytes: a quarter-warp meets four ways");

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "counters.h"
 #include "device/fragments.cuh"
 #include "device/thread.cuh"
 #include "qlora_native/types.h"
@@ -32,6 +33,7 @@ float half_of(std::uint32_t word, int half) {
 // Fragments to matrices, the product, and back. kK: 8 or 16.
 template <class T, int kK>
 void multiply(const std::array<void*, kWarpSize>& lanes) {
+  emulation::counters().product(2 * 16 * 8 * kK);
   float a[16][kK];
   float b[kK][8];
   float d[16][8];
