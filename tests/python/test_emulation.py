@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from bench import cuda_counts
+from bench.cuda_cases import CASES, Case
+from bench.cuda_counts import Counts
 
 from emulated_build import EMULATION, KERNELS, compile_object, emulator_objects, link, run
 from planted_faults import Build, Mutant, assert_caught, build, mutant
@@ -106,83 +108,22 @@ def test_the_order_of_threads_does_not_matter(emulated, blocksize: int) -> None:
         assert torch.equal(packed, results[0][0]) and torch.equal(absmax, results[0][1])
 
 
-N = 64 * 4096
-BF16 = torch.bfloat16
+@pytest.fixture(scope="module")
+def counted() -> list[tuple[Case, Counts]]:
+    return [(case, cuda_counts.count(case)) for case in CASES]
 
 
-def _quantize(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
-    x = torch.randn(N, dtype=dtype)
-    return lambda: ops.quantize_4bit(x, 64), dtype.itemsize + 0.5 + 4 / 64
-
-
-def _dequantize(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
-    packed, absmax = ops.quantize_4bit(torch.randn(N), 64)
-    return (
-        lambda: ops.dequantize_4bit(packed, absmax, None, None, (N,), dtype=dtype),
-        dtype.itemsize + 0.5 + 4 / 64,
-    )
-
-
-def _dequantize_double() -> tuple[Callable[[], object], float]:
-    packed, absmax = ops.quantize_4bit(torch.randn(N), 64)
-    scales = ops.quantize_scales(absmax)
-    return (
-        lambda: ops.dequantize_4bit(packed, *scales, (N,), dtype=BF16),
-        2 + 0.5 + (1 + 4 / 256) / 64,
-    )
-
-
-HYPER = {
-    "lr": 1e-3,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-8,
-    "weight_decay": 0.01,
-    "step": 1,
-    "maximize": False,
-}
-
-
-def _adamw() -> tuple[Callable[[], object], float]:
-    lists = [[torch.rand(N)] for _ in range(4)]
-    return lambda: ops.adamw_step(*lists, **HYPER), 28
-
-
-def _adamw_8bit() -> tuple[Callable[[], object], float]:
-    codes = [torch.randint(256, (N,), dtype=torch.uint8) for _ in range(2)]
-    absmax = [torch.rand(N // 256) for _ in range(2)]
-    lists = [[t] for t in (torch.randn(N), torch.randn(N), *codes, *absmax)]
-    return lambda: ops.adamw_8bit_step(*lists, **HYPER), 16 + 16 / 256
-
-
-# The least that has to cross the bus for a value, and what a kernel may ask for in whole sectors:
-# 1.05 times that and, in two kernels, `cached` bytes a value more, mostly out of a cache.
-# Double-quantized: a warp asks for sectors of one-byte scales, of nested absmax and of the offset.
-# 8-bit AdamW: a warp has one absmax of each moment, and the 25.6 kB of tables that a block of
-# threads sets up once are shared by 32,768 values here, by millions in a model.
-@pytest.mark.parametrize(
-    ("make", "cached", "conflicts"),
-    [
-        pytest.param(lambda: _quantize(torch.float32), 0, 0, id="quantize_4bit float32"),
-        pytest.param(lambda: _quantize(BF16), 0, 0, id="quantize_4bit bfloat16"),
-        pytest.param(lambda: _dequantize(torch.float32), 0, 0, id="dequantize_4bit float32"),
-        pytest.param(lambda: _dequantize(BF16), 0, 0, id="dequantize_4bit bfloat16"),
-        pytest.param(_dequantize_double, 0.3, None, id="dequantize_4bit double-quantized"),
-        pytest.param(_adamw, 0, 0, id="adamw 32-bit"),
-        pytest.param(_adamw_8bit, 0.5, None, id="adamw 8-bit"),
-    ],
-)
+@pytest.mark.parametrize("i", range(len(CASES)), ids=[case.name for case in CASES])
 def test_kernels_move_little_more_than_they_must(
-    emulated, make, cached: float, conflicts: int | None, capsys
+    counted: list[tuple[Case, Counts]], i: int
 ) -> None:
-    torch.manual_seed(0)
-    op, least = make()
-    emulation.count(True)
-    op()
-    counts = emulation.counts()
-    moved = 32 * (counts["loaded_sectors"] + counts["stored_sectors"]) / N
-    with capsys.disabled():
-        print(f"  {moved:.3f} bytes a value, least {least:.3f}: {moved / least:.3f}; {counts}")
-    assert moved <= 1.05 * least + cached
-    if conflicts is not None:
-        assert counts["bank_conflicts"] == conflicts
+    """Within the case's bars; and where it misses those of all, the document says why."""
+    case, counts = counted[i]
+    assert cuda_counts.moved_bytes(counts) <= case.most_bytes, counts
+    if case.conflicts is not None:
+        assert counts["bank_conflicts"] <= case.conflicts
+    assert case.why or not cuda_counts.misses(case, counts)
+
+
+def test_the_document_of_counts_is_up_to_date(counted: list[tuple[Case, Counts]]) -> None:
+    assert cuda_counts.DOCUMENT.read_text() == cuda_counts.render(counted)

@@ -130,33 +130,6 @@ def test_what_it_refuses(case: Case, m: int, dtype: torch.dtype, offset: int) ->
         multiply(x, weight, case)
 
 
-# 4096 is a depth of many steps whose scales are whole sectors. The least is W with its scales,
-# once, and the result. x (8 kB a row) is read by each block of 32 rows, out of the second-level
-# cache. The map of double-quantized scales is looked up once for 64 values, at whatever banks those
-# lie.
-@pytest.mark.parametrize("m", [1, 8])
-@pytest.mark.parametrize("double_quant", [True, False], ids=["double-quantized", "plain scales"])
-def test_it_streams_the_weight_once_without_bank_conflicts(
-    double_quant: bool, m: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    case = Case(n=64, k=4096, m=(), double_quant=double_quant)
-    weight = make_weight(case)
-    x = rand(m, case.k, seed=6, dtype=torch.bfloat16)
-    emulation.count(True)
-    multiply(x, weight, case)
-    counts = emulation.counts()
-    values = case.n * case.k
-    scales = 1 + 4 / 256 if double_quant else 4
-    least = values / 2 + values / 64 * scales + 2 * m * case.n
-    x_bytes = case.n // 32 * m * case.k * 2
-    moved = 32 * (counts["loaded_sectors"] + counts["stored_sectors"])
-    with capsys.disabled():
-        print(f"  {(moved - x_bytes) / least:.3f} of the least and {x_bytes / least:.2f} of x")
-    assert moved - x_bytes <= 1.05 * least
-    look_ups = values // 64 // 32 if double_quant else 0  # of warps, in the map
-    assert counts["bank_conflicts"] <= 2 * look_ups
-
-
 # ---- faults planted in the kernel ----------------------------------------------------------------
 
 
