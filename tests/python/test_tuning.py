@@ -59,16 +59,13 @@ def tune(clock: Callable[..., float], **kwargs: Any) -> list[Measured]:
     return tuning.tune(shapes, **arguments)
 
 
-def way_taken(
-    m: int, dtype: torch.dtype = torch.float32, case: Case = CASE, direction: str = "forward"
-) -> str:
-    weight = make_weight(case)
+def way_taken(m: int, dtype: torch.dtype = torch.float32, direction: str = "forward") -> str:
+    parts = make_weight(CASE).parts
     if direction == "forward":
-        x = rand(m, case.k, seed=1, dtype=dtype)
-        ops.linear_4bit(x, *weight.parts, case.n, case.blocksize)
+        ops.linear_4bit(rand(m, K, seed=1, dtype=dtype), *parts, N, CASE.blocksize)
     else:
-        grad = rand(m, case.n, seed=1, dtype=dtype)
-        ops.linear_4bit_backward_input(grad, *weight.parts, case.k, case.blocksize)
+        grad = rand(m, N, seed=1, dtype=dtype)
+        ops.linear_4bit_backward_input(grad, *parts, K, CASE.blocksize)
     return emulation.last_way(direction)
 
 
