@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.cuda_cases import BYTES_BAR, CASES, Case
+from bench.gpu_model import CARDS, predict
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "cuda_counts.md"
 MISSED = "✗"
@@ -33,6 +34,23 @@ bar that is missed, and the notes below say why; the list of cases says how far 
 
 | kernel | case | least | moved | used | global instr. | shared instr. | passes | conflicts |
 |---|---|---:|---:|---:|---:|---:|---:|---:|
+"""
+
+PREDICTION = """\
+## Prediction: no GPU has run it
+
+Of these counts `bench/gpu_model.py` makes a time for each card: memory's bytes, flops of
+`mma.sync`, issue slots, passes over shared memory, each over its published rate; the longest is the
+limiter, and the others are taken to hide behind it. A cell has that limiter and the fraction of the
+limit that it leaves: the least bytes at memory's rate or the products at the tensor cores',
+whichever is longer, over the predicted time.
+
+**What is missing makes it too good**: latency, launches and tails, and the issue slots of integer,
+address and conversion arithmetic, which the emulator does not count. One thing makes it too bad: an
+access of 16 bytes a lane is taken for four passes even where lanes share words, which a GPU may
+merge; `linear_fma` and `lora_product` are made of such accesses.
+The cases are small, so setting up tables weighs more than it does in a model's layer.
+
 """
 
 
@@ -91,10 +109,35 @@ def note(case: Case) -> str:
     return f"- `{case.kernel}`, {case.what}: {case.why}."
 
 
+def prediction_head() -> str:
+    names = " | ".join(card.name for card in CARDS)
+    return f"| kernel | case | {names} |\n{'|---' * (2 + len(CARDS))}|"
+
+
+def prediction_row(case: Case, counts: Counts) -> str:
+    predictions = [predict(case, counts, card) for card in CARDS]
+    cells = " | ".join(f"{p.of_limit:.0%} {p.limiter}" for p in predictions)
+    return f"| `{case.kernel}` | {case.what} | {cells} |"
+
+
+def rates() -> str:
+    lines = [
+        f"- {card.name}: {card.bytes_per_second / 1e12:.3g} TB/s, "
+        f"{card.tensor_flops / 1e12:.0f} TFLOP/s (bf16, dense), {card.multiprocessors} "
+        f"multiprocessors at {card.clock / 1e9:.2f} GHz ({card.source})."
+        for card in CARDS
+    ]
+    return "\n".join(["Rates:", "", *lines])
+
+
 def render(counted: Sequence[tuple[Case, Counts]]) -> str:
     rows = "\n".join(row(case, counts) for case, counts in counted)
     notes = "\n".join(note(case) for case, counts in counted if misses(case, counts))
-    return f"{HEAD}{rows}\n\nWhere a bar is missed:\n\n{notes}\n"
+    predictions = "\n".join(prediction_row(case, counts) for case, counts in counted)
+    return (
+        f"{HEAD}{rows}\n\nWhere a bar is missed:\n\n{notes}\n\n"
+        f"{PREDICTION}{prediction_head()}\n{predictions}\n\n{rates()}\n"
+    )
 
 
 def main() -> None:
