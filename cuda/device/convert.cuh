@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <bit>
+#include <cstdint>
 
 #include "qlora_native/types.h"
 
@@ -33,6 +34,33 @@ __device__ inline Float16 narrow<Float16>(float value) {
 template <>
 __device__ inline BFloat16 narrow<BFloat16>(float value) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+}
+
+namespace detail {
+
+// CUDA's pairs are no types that std::bit_cast takes.
+template <class Pair>
+__device__ std::uint32_t word_of(const Pair& pair) {
+  static_assert(sizeof(Pair) == sizeof(std::uint32_t));
+  std::uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
+}  // namespace detail
+
+// Two at a time into a word, the first in the lower half.
+template <class T>
+__device__ std::uint32_t narrow_pair(float first, float second);
+// cvt.rn.f16x2.f32
+template <>
+__device__ inline std::uint32_t narrow_pair<Float16>(float first, float second) {
+  return detail::word_of(__floats2half2_rn(first, second));
+}
+// cvt.rn.bf16x2.f32
+template <>
+__device__ inline std::uint32_t narrow_pair<BFloat16>(float first, float second) {
+  return detail::word_of(__floats2bfloat162_rn(first, second));
 }
 
 }  // namespace qlora::cuda

@@ -11,6 +11,14 @@
 
 namespace qlora::cuda {
 
+// Whether the code being compiled is for a GPU whose tensor cores take 16-bit values of both types,
+// 16 deep: sm_80 and later. A kernel that is not meant for others leaves its body out there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr bool kHasTensorCores16 = false;
+#else
+inline constexpr bool kHasTensorCores16 = true;
+#endif
+
 // mma.sync.aligned.m16n8k8.row.col.f32.{f16.f16,bf16.bf16}.f32: words 0 and 1 of A, word 0 of B.
 // BFloat16 from sm_80 on.
 template <class T>

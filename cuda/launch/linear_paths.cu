@@ -13,6 +13,7 @@
 #include "launch/linear_few_rows.h"
 #include "launch/linear_measured.h"
 #include "launch/linear_paths.h"
+#include "launch/linear_tiles.h"
 
 namespace qlora::cuda {
 namespace {
@@ -42,13 +43,23 @@ bool few_rows_serves(const Case& c) {
   return linear_few_rows_serves(c.dtype, c.m, *c.weight, c.activations);
 }
 
+bool tiles_serve_forward(const Case& c) {
+  return tiles_serve(c.dtype, c.k, *c.weight, c.activations);
+}
+
+bool tiles_serve_backward(const Case& c) {
+  return tiles_serve(c.dtype, c.n, *c.weight, c.activations);
+}
+
 constexpr Way<LinearParams> kForwardWays[] = {
     {"few_rows", few_rows_serves, linear_few_rows},
+    {"tiles", tiles_serve_forward, linear_tiles},
     {"fma", any_case, linear_fma},
     {"plain", any_case, linear_plain},
 };
 
 constexpr Way<LinearBackwardInputParams> kBackwardWays[] = {
+    {"tiles", tiles_serve_backward, backward_input_tiles},
     {"fma", any_case, backward_input_fma},
     {"plain", any_case, backward_input_plain},
 };
@@ -70,6 +81,12 @@ constexpr Choice kForwardChoices[] = {
      .to_m = 64,
      .reason = "streams 0.5 bytes a weight once, on the tensor cores; up to 64 rows that is what "
                "limits it, or nearly"},
+    {.way = "tiles",
+     .from_architecture = 80,
+     .to_m = 512,
+     .reason = "moves 0.56 bytes a weight for 64 to 256 rows where the plain way moves 4.56 "
+               "through the L2 cache; some 512 rows of torch's product, faster by what wgmma is "
+               "faster than mma.sync, pay for those"},
     {.way = "fma",
      .to_m = 16,
      .reason = "reads 0.56 bytes a weight where the plain way moves 4.56 through the L2 cache and "
@@ -80,6 +97,11 @@ constexpr Choice kForwardChoices[] = {
 };
 
 constexpr Choice kBackwardChoices[] = {
+    {.way = "tiles",
+     .from_architecture = 80,
+     .to_m = 512,
+     .reason = "as in the forward direction; and for few rows, where fma computes 64 rows as well, "
+               "but on the fp32 cores"},
     {.way = "fma", .to_m = 16, .reason = "as in the forward direction"},
     {.way = "plain", .reason = "as in the forward direction"},
 };

@@ -33,8 +33,4 @@ Status launch_tensor_lists(void (*kernel)(Arguments), const AdamwHyper& hyper,
   return flush();
 }
 
-inline bool aligned_to(const void* p, std::uintptr_t bytes) {
-  return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
-}
-
 }  // namespace qlora::cuda

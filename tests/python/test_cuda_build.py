@@ -32,14 +32,19 @@ MOST_REGISTERS = {
     "mean_kernel": 64,
     "linear_few_rows_kernel": 255,
     "linear_fma_kernel": 128,  # two blocks of 256 threads
+    "linear_tiles_kernel": 255,  # of 256 rows; bounds hold the others to 128: two blocks of 256
     "lora_product_kernel": 255,  # 256 threads: lora_product.cuh says why they are enough
 }
 HOST_ONLY = {"backend", "linear_4bit", "linear_measured", "linear_paths", "qlora_linear"}
 MOST_REGISTERS_OF_TILES = 40
 
 # What a kernel's head comment says it is made of, as machine instructions, from sm_80 on: products
-# on the tensor cores, copies to shared memory that do not pass through registers.
-INSTRUCTIONS = {"linear_few_rows_kernel": ("HMMA", "LDGSTS")}
+# on the tensor cores, copies to shared memory that do not pass through registers, and matrices from
+# there.
+INSTRUCTIONS = {
+    "linear_few_rows_kernel": ("HMMA", "LDGSTS"),
+    "linear_tiles_kernel": ("HMMA", "LDGSTS", "LDSM"),
+}
 OF_LOCAL_MEMORY = {"LDL", "STL"}
 # A line of nvdisasm: /*0040*/  @!P0 LDG.E R2, …
 _OPERATION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", re.MULTILINE)

@@ -1,6 +1,8 @@
 // Twin of cuda/device/convert.cuh: the contract's own definitions.
 #pragma once
 
+#include <cstdint>
+
 #include "device/thread.cuh"
 #include "qlora_native/types.h"
 
@@ -14,6 +16,11 @@ float widen(T value) {
 template <class T>
 T narrow(float value) {
   return from_float<T>(value);
+}
+
+template <class T>
+std::uint32_t narrow_pair(float first, float second) {
+  return from_float<T>(first).bits | std::uint32_t{from_float<T>(second).bits} << 16;
 }
 
 }  // namespace qlora::cuda

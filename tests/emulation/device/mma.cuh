@@ -17,6 +17,8 @@
 
 namespace qlora::cuda {
 
+inline constexpr bool kHasTensorCores16 = true;
+
 namespace detail {
 
 struct MmaOperands {
