@@ -1,57 +1,62 @@
-// AdamW with 32-bit state, over many tensors in one call.
+// One AdamW update of kWidth values (Loshchilov & Hutter, 2019), in torch.optim.AdamW's order:
 //
-// 28 bytes cross the memory bus for a fp32 value and its gradient (four reads, three writes)
-// against some ten operations: one pass, nothing kept. A gradient that is not finite spoils its own
-// value and moments, and no other, as it does in torch.
+//   m  = beta1 m + (1 - beta1) g
+//   v  = beta2 v + (1 - beta2) g^2
+//   p  = p (1 - lr weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//
+// in fp32. No product is fused with a sum, in this rule or another: the kernels wait for memory, so
+// that it would save nothing, and apart every instruction set gives the same bits as the formula
+// written in torch does.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
-#include "adamw_update_inl.h"
-#include "qlora_native/backend.h"
-#include "qlora_native/dispatch.h"
-#include "tensor_spans.h"
+#include "gradient_inl.h"
+#include "qlora_native/params.h"
 
 namespace qlora::cpu {
 
-template <class V, class P, class G>
-void adamw_span(const AdamwTensor& t, const AdamwUpdate<V>& update, std::int64_t begin,
-                std::int64_t end) {
-  using F = typename V::F;
-  P* const param = static_cast<P*>(t.param);
-  const G* const grad = static_cast<const G*>(t.grad);
-
-  std::int64_t i = begin;
-  for (; i + V::kWidth <= end; i += V::kWidth) {
-    const F g = update.gradient(V::load(grad + i));
-    const F m = update.first_moment(V::load(t.exp_avg + i), g);
-    const F v = update.second_moment(V::load(t.exp_avg_sq + i), g);
-    V::store(t.exp_avg + i, m);
-    V::store(t.exp_avg_sq + i, v);
-    V::store(param + i, update.param(V::load(param + i), m, v));
-  }
-  if (i < end) {
-    const std::int64_t rest = end - i;
-    const F g = update.gradient(V::load_n(grad + i, rest));
-    const F m = update.first_moment(V::load_n(t.exp_avg + i, rest), g);
-    const F v = update.second_moment(V::load_n(t.exp_avg_sq + i, rest), g);
-    V::store_n(t.exp_avg + i, m, rest);
-    V::store_n(t.exp_avg_sq + i, v, rest);
-    V::store_n(param + i, update.param(V::load_n(param + i, rest), m, v), rest);
-  }
-}
-
 template <class V>
-Status adamw_step(const AdamwStepParams& params, const Context& context) {
-  if (is_skipped(params.hyper)) return {};
-  const AdamwUpdate<V> update(params.hyper);
-  const auto span = [&](const AdamwTensor& t, std::int64_t begin, std::int64_t end) {
-    with_type(t.param_dtype, [&]<class P>() {
-      with_type(t.grad_dtype, [&]<class G>() { adamw_span<V, P, G>(t, update, begin, end); });
-    });
-  };
-  for_each_span(params.tensors, params.n_tensors, context, span);
-  return {};
-}
+class AdamwRule {
+ public:
+  using F = typename V::F;
+  static constexpr int kMoments = 2;
+
+  explicit AdamwRule(const AdamwHyper& h)
+      : gradient(h),
+        beta1_(factor<V>(h.beta1)),
+        one_minus_beta1_(factor<V>(1.0 - h.beta1)),
+        beta2_(factor<V>(h.beta2)),
+        one_minus_beta2_(factor<V>(1.0 - h.beta2)),
+        decay_(factor<V>(1.0 - h.lr * h.weight_decay)),
+        step_size_(factor<V>(h.lr / correction(h.beta1, h.step))),
+        inv_sqrt_correction2_(factor<V>(1.0 / std::sqrt(correction(h.beta2, h.step)))),
+        eps_(factor<V>(h.eps)) {}
+
+  // The new parameter; the moments become new.
+  [[nodiscard, gnu::always_inline]] F step(F p, F g, F (&moments)[kMoments]) const {
+    F& m = moments[0];
+    F& v = moments[1];
+    m = V::add(V::mul(beta1_, m), V::mul(one_minus_beta1_, g));
+    v = V::add(V::mul(beta2_, v), V::mul(V::mul(one_minus_beta2_, g), g));
+    const F denominator = V::add(V::mul(V::sqrt(v), inv_sqrt_correction2_), eps_);
+    return V::sub(V::mul(p, decay_), V::mul(step_size_, V::div(m, denominator)));
+  }
+
+  Gradient<V> gradient;
+
+ private:
+  static double correction(double beta, std::int64_t step) {
+    return 1.0 - std::pow(beta, static_cast<double>(step));
+  }
+
+  F beta1_, one_minus_beta1_;
+  F beta2_, one_minus_beta2_;
+  F decay_;
+  F step_size_;
+  F inv_sqrt_correction2_;
+  F eps_;
+};
 
 }  // namespace qlora::cpu

@@ -5,13 +5,16 @@
 // run.
 #pragma once
 
-#include "adamw_8bit_inl.h"
 #include "adamw_inl.h"
 #include "dequantize_inl.h"
 #include "linear_inl.h"
+#include "lion_inl.h"
 #include "qlora_inl.h"
 #include "qlora_native/backend.h"
 #include "quantize_inl.h"
+#include "sgd_inl.h"
+#include "step_8bit_inl.h"
+#include "step_inl.h"
 
 namespace qlora::cpu {
 
@@ -29,8 +32,12 @@ constexpr Backend make_backend(const char* name) {
       .linear_4bit_backward_input = linear_4bit_backward_input<V>,
       .qlora_linear = qlora_linear<V>,
       .qlora_linear_backward = qlora_linear_backward<V>,
-      .adamw_step = adamw_step<V>,
-      .adamw_8bit_step = adamw_8bit_step<V>,
+      .adamw_step = step<V, AdamwRule<V>, AdamwStepParams>,
+      .adamw_8bit_step = step_8bit<V, AdamwRule<V>, Adamw8bitStepParams>,
+      .lion_step = step<V, LionRule<V>, LionStepParams>,
+      .lion_8bit_step = step_8bit<V, LionRule<V>, Lion8bitStepParams>,
+      .sgd_step = step<V, SgdRule<V>, SgdStepParams>,
+      .sgd_8bit_step = step_8bit<V, SgdRule<V>, Sgd8bitStepParams>,
   };
 }
 

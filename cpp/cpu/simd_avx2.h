@@ -59,6 +59,11 @@ struct Avx2 : Avx2Halves {
   static F max_magnitude(F magnitude, F x) {
     return _mm256_castsi256_ps(_mm256_max_epi32(bits(magnitude), bits(abs(x))));
   }
+  static F sign(F x) {
+    const F one = set1(1.0f);
+    return sub(_mm256_and_ps(_mm256_cmp_ps(x, zero(), _CMP_GT_OQ), one),
+               _mm256_and_ps(_mm256_cmp_ps(x, zero(), _CMP_LT_OQ), one));
+  }
   static F where_finite(F test, F a, F b) {
     const F infinity = _mm256_set1_ps(__builtin_inff());
     return _mm256_blendv_ps(b, a, _mm256_cmp_ps(abs(test), infinity, _CMP_LT_OQ));

@@ -60,6 +60,10 @@ struct Avx512 : Avx512Halves {
   static F max_magnitude(F magnitude, F x) {
     return _mm512_castsi512_ps(_mm512_max_epi32(bits(magnitude), bits(abs(x))));
   }
+  static F sign(F x) {
+    const F positive = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ), set1(1.0f));
+    return _mm512_mask_mov_ps(positive, _mm512_cmp_ps_mask(x, zero(), _CMP_LT_OQ), set1(-1.0f));
+  }
   static F where_finite(F test, F a, F b) {
     const F infinity = _mm512_set1_ps(__builtin_inff());
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(abs(test), infinity, _CMP_LT_OQ), b, a);

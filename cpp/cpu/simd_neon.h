@@ -80,6 +80,11 @@ struct Neon : NeonHalves {
     return choose(vcltq_f32(a.low, b.low), vcltq_f32(a.high, b.high), a, b);
   }
   static F max_magnitude(F magnitude, F x) { return floats(max(bits(magnitude), bits(abs(x)))); }
+  static F sign(F x) {
+    const F one = set1(1.0f);
+    const F positive = choose(vcgtzq_f32(x.low), vcgtzq_f32(x.high), one, zero());
+    return choose(vcltzq_f32(x.low), vcltzq_f32(x.high), set1(-1.0f), positive);
+  }
   static F where_finite(F test, F a, F b) {
     const float32x4_t infinity = vdupq_n_f32(__builtin_inff());
     return choose(vcaltq_f32(test.low, infinity), vcaltq_f32(test.high, infinity), a, b);

@@ -97,6 +97,12 @@ struct Scalar {
   // The larger of `magnitude` (not negative) and |x|, and NaN where either is: compared as
   // integers, in which order every NaN stands above infinity.
   static F max_magnitude(F magnitude, F x) { return floats(max(bits(magnitude), bits(abs(x)))); }
+  // 1, -1 or 0, which NaN gets too.
+  static F sign(F x) {
+    return map([=](int i) {
+      return static_cast<float>(x.lane[i] > 0.0f) - static_cast<float>(x.lane[i] < 0.0f);
+    });
+  }
   // a where `test` is a number, b where it is NaN or infinite.
   static F where_finite(F test, F a, F b) {
     return map([=](int i) { return std::isfinite(test.lane[i]) ? a.lane[i] : b.lane[i]; });

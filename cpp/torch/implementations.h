@@ -27,6 +27,10 @@ void implement_all(Library& m) {
 
   m.impl("adamw_step", TORCH_BOX(&adamw_step));
   m.impl("adamw_8bit_step", TORCH_BOX(&adamw_8bit_step));
+  m.impl("lion_step", TORCH_BOX(&lion_step));
+  m.impl("lion_8bit_step", TORCH_BOX(&lion_8bit_step));
+  m.impl("sgd_step", TORCH_BOX(&sgd_step));
+  m.impl("sgd_8bit_step", TORCH_BOX(&sgd_8bit_step));
 }
 
 }  // namespace qlora::torch_ops

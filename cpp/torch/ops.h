@@ -65,5 +65,18 @@ void adamw_8bit_step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp
                      Tensors exp_avg_absmax, Tensors exp_avg_sq_absmax, double lr, double beta1,
                      double beta2, double eps, double weight_decay, std::int64_t step,
                      bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf);
+void lion_step(Tensors params, Tensors grads, Tensors exp_avg, double lr, double beta1,
+               double beta2, double weight_decay, bool maximize, OptionalTensor grad_scale,
+               OptionalTensor found_inf);
+void lion_8bit_step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_absmax,
+                    double lr, double beta1, double beta2, double weight_decay, bool maximize,
+                    OptionalTensor grad_scale, OptionalTensor found_inf);
+void sgd_step(Tensors params, Tensors grads, Tensors momentum_buffer, double lr, double momentum,
+              double dampening, double weight_decay, bool nesterov, bool first_step, bool maximize,
+              OptionalTensor grad_scale, OptionalTensor found_inf);
+void sgd_8bit_step(Tensors params, Tensors grads, Tensors momentum_buffer,
+                   Tensors momentum_buffer_absmax, double lr, double momentum, double dampening,
+                   double weight_decay, bool nesterov, bool first_step, bool maximize,
+                   OptionalTensor grad_scale, OptionalTensor found_inf);
 
 }  // namespace qlora::torch_ops

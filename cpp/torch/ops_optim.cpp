@@ -1,4 +1,6 @@
-// AdamW over many tensors in one call, with 32-bit state and with 8-bit blockwise state.
+// The optimizers' steps over many tensors in one call, with 32-bit state and with 8-bit blockwise
+// state.
+#include <array>
 #include <limits>
 #include <string>
 
@@ -20,13 +22,16 @@ const float* flag(const Checks& checks, const OptionalTensor& t, const char* nam
   return static_cast<const float*>(t->const_data_ptr());
 }
 
-void check_hyper(const Checks& checks, const AdamwHyper& hyper) {
-  checks.in_range(hyper.lr, "lr", 0.0, kNoLimit);
-  checks.in_range(hyper.beta1, "beta1", 0.0, 1.0);
-  checks.in_range(hyper.beta2, "beta2", 0.0, 1.0);
-  checks.in_range(hyper.eps, "eps", 0.0, kNoLimit);
-  checks.in_range(hyper.weight_decay, "weight_decay", 0.0, kNoLimit);
-  if (hyper.step < 1) checks.fail("step", "be 1 or more", std::to_string(hyper.step));
+// What every rule's hyperparameters have.
+template <class Hyper>
+Hyper with_gradient(const Checks& checks, Hyper hyper, bool maximize,
+                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                    const Tensors& params) {
+  hyper.maximize = maximize;
+  if (params.empty()) return hyper;
+  hyper.grad_scale = flag(checks, grad_scale, "grad_scale", params[0]);
+  hyper.found_inf = flag(checks, found_inf, "found_inf", params[0]);
+  return hyper;
 }
 
 void check_length(const Checks& checks, const Tensors& list, const char* name,
@@ -72,56 +77,151 @@ class Indexed {
   const Tensor& first_;
 };
 
+// The state of a rule as an op receives it: a list for each moment and, in 8 bits, for its scales.
+struct StateList {
+  const char* name;
+  const Tensors& tensors;
+};
+template <int kMoments>
+using StateLists = std::array<StateList, kMoments>;
+
+// Checks what all lists of a step share, then each state by `state`, and runs the op.
+template <class StepParams, class FillState>
+void run(const Checks& checks, const typename StepParams::Hyper& hyper, Tensors& params,
+         Tensors& grads, Status (*Backend::*op)(const StepParams&, const Context&),
+         const FillState& fill_state) {
+  if (params.empty()) return;
+  const Tensor& first = params[0];
+  std::vector<typename StepParams::Tensor> tensors(params.size());
+  for (std::size_t i = 0; i < params.size(); ++i) {
+    const Indexed at(checks, i, first);
+    auto& t = tensors[i];
+    t.n = params[i].numel();
+    t.param_dtype = at.float_dtype(params[i], "params");
+    t.grad_dtype = at.float_dtype(grads[i], "grads");
+    checks.shape(grads[i], at.name("grads").c_str(), sizes_of(params[i]));
+    checks.output(params[i], at.name("params").c_str());
+    grads[i] = make_contiguous(grads[i]);
+    at.apart(params[i], "params", grads[i], "grads");
+    fill_state(at, i, t);
+    t.param = params[i].mutable_data_ptr();
+    t.grad = grads[i].const_data_ptr();
+  }
+  const Device device = device_of(first);
+  const StepParams step_params{.hyper = hyper,
+                               .n_tensors = static_cast<std::int64_t>(tensors.size()),
+                               .tensors = tensors.data()};
+  checks.status((device.backend.*op)(step_params, device.context));
+}
+
+template <class StepParams, int kMoments = StepParams::Tensor::kMoments>
+void run_32bit(const Checks& checks, const typename StepParams::Hyper& hyper, Tensors& params,
+               Tensors& grads, const StateLists<kMoments>& moments,
+               Status (*Backend::*op)(const StepParams&, const Context&)) {
+  check_length(checks, grads, "grads", params);
+  for (const StateList& list : moments) check_length(checks, list.tensors, list.name, params);
+  run(checks, hyper, params, grads, op, [&](const Indexed& at, std::size_t i, auto& t) {
+    for (std::size_t j = 0; j < kMoments; ++j) {
+      const auto& [name, list] = moments[j];
+      at.state(list[i], name, ScalarType::Float, sizes_of(params[i]));
+      at.apart(list[i], name, params[i], "params");
+      at.apart(list[i], name, grads[i], "grads");
+      for (std::size_t k = 0; k < j; ++k) {
+        at.apart(list[i], name, moments[k].tensors[i], moments[k].name);
+      }
+      t.moments[j] = static_cast<float*>(list[i].mutable_data_ptr());
+    }
+  });
+}
+
+template <class StepParams, int kMoments = StepParams::Tensor::kMoments>
+void run_8bit(const Checks& checks, const typename StepParams::Hyper& hyper, Tensors& params,
+              Tensors& grads, const StateLists<kMoments>& codes, const StateLists<kMoments>& absmax,
+              Status (*Backend::*op)(const StepParams&, const Context&)) {
+  check_length(checks, grads, "grads", params);
+  for (const StateList& list : codes) check_length(checks, list.tensors, list.name, params);
+  for (const StateList& list : absmax) check_length(checks, list.tensors, list.name, params);
+  run(checks, hyper, params, grads, op, [&](const Indexed& at, std::size_t i, auto& t) {
+    const Shape blocks{n_blocks(t.n, kOptimizerBlocksize)};
+    for (std::size_t j = 0; j < kMoments; ++j) {
+      const auto& [codes_name, codes_list] = codes[j];
+      const auto& [absmax_name, absmax_list] = absmax[j];
+      at.state(codes_list[i], codes_name, ScalarType::Byte, sizes_of(params[i]));
+      at.state(absmax_list[i], absmax_name, ScalarType::Float, blocks);
+      at.apart(codes_list[i], codes_name, params[i], "params");
+      for (std::size_t k = 0; k < j; ++k) {
+        at.apart(codes_list[i], codes_name, codes[k].tensors[i], codes[k].name);
+        at.apart(absmax_list[i], absmax_name, absmax[k].tensors[i], absmax[k].name);
+      }
+      t.codes[j] = static_cast<std::uint8_t*>(codes_list[i].mutable_data_ptr());
+      t.absmax[j] = static_cast<float*>(absmax_list[i].mutable_data_ptr());
+    }
+  });
+}
+
+AdamwHyper adamw_hyper(const Checks& checks, double lr, double beta1, double beta2, double eps,
+                       double weight_decay, std::int64_t step) {
+  checks.in_range(lr, "lr", 0.0, kNoLimit);
+  checks.in_range(beta1, "beta1", 0.0, 1.0);
+  checks.in_range(beta2, "beta2", 0.0, 1.0);
+  checks.in_range(eps, "eps", 0.0, kNoLimit);
+  checks.in_range(weight_decay, "weight_decay", 0.0, kNoLimit);
+  if (step < 1) checks.fail("step", "be 1 or more", std::to_string(step));
+  return {.lr = lr,
+          .beta1 = beta1,
+          .beta2 = beta2,
+          .eps = eps,
+          .weight_decay = weight_decay,
+          .step = step,
+          .maximize = false,
+          .grad_scale = nullptr,
+          .found_inf = nullptr};
+}
+
+LionHyper lion_hyper(const Checks& checks, double lr, double beta1, double beta2,
+                     double weight_decay) {
+  checks.in_range(lr, "lr", 0.0, kNoLimit);
+  checks.in_range(beta1, "beta1", 0.0, 1.0);
+  checks.in_range(beta2, "beta2", 0.0, 1.0);
+  checks.in_range(weight_decay, "weight_decay", 0.0, kNoLimit);
+  return {.lr = lr,
+          .beta1 = beta1,
+          .beta2 = beta2,
+          .weight_decay = weight_decay,
+          .maximize = false,
+          .grad_scale = nullptr,
+          .found_inf = nullptr};
+}
+
+SgdHyper sgd_hyper(const Checks& checks, double lr, double momentum, double dampening,
+                   double weight_decay, bool nesterov, bool first_step) {
+  checks.in_range(lr, "lr", 0.0, kNoLimit);
+  checks.in_range(momentum, "momentum", 0.0, kNoLimit);
+  checks.in_range(dampening, "dampening", 0.0, 1.0);
+  checks.in_range(weight_decay, "weight_decay", 0.0, kNoLimit);
+  return {.lr = lr,
+          .momentum = momentum,
+          .dampening = dampening,
+          .weight_decay = weight_decay,
+          .nesterov = nesterov,
+          .first_step = first_step,
+          .maximize = false,
+          .grad_scale = nullptr,
+          .found_inf = nullptr};
+}
+
 }  // namespace
 
 void adamw_step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, double lr,
                 double beta1, double beta2, double eps, double weight_decay, std::int64_t step,
                 bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf) {
   const Checks checks("adamw_step");
-  check_length(checks, grads, "grads", params);
-  check_length(checks, exp_avg, "exp_avg", params);
-  check_length(checks, exp_avg_sq, "exp_avg_sq", params);
-  if (params.empty()) return;
-  const Tensor& first = params[0];
-  const AdamwHyper hyper{.lr = lr,
-                         .beta1 = beta1,
-                         .beta2 = beta2,
-                         .eps = eps,
-                         .weight_decay = weight_decay,
-                         .step = step,
-                         .maximize = maximize,
-                         .grad_scale = flag(checks, grad_scale, "grad_scale", first),
-                         .found_inf = flag(checks, found_inf, "found_inf", first)};
-  check_hyper(checks, hyper);
-  std::vector<AdamwTensor> tensors(params.size());
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    const Indexed at(checks, i, first);
-    AdamwTensor& t = tensors[i];
-    const auto shape = sizes_of(params[i]);
-    t.n = params[i].numel();
-    t.param_dtype = at.float_dtype(params[i], "params");
-    t.grad_dtype = at.float_dtype(grads[i], "grads");
-    checks.shape(grads[i], at.name("grads").c_str(), shape);
-    checks.output(params[i], at.name("params").c_str());
-    at.state(exp_avg[i], "exp_avg", ScalarType::Float, shape);
-    at.state(exp_avg_sq[i], "exp_avg_sq", ScalarType::Float, shape);
-    grads[i] = make_contiguous(grads[i]);
-    at.apart(params[i], "params", grads[i], "grads");
-    at.apart(exp_avg[i], "exp_avg", params[i], "params");
-    at.apart(exp_avg[i], "exp_avg", grads[i], "grads");
-    at.apart(exp_avg_sq[i], "exp_avg_sq", params[i], "params");
-    at.apart(exp_avg_sq[i], "exp_avg_sq", grads[i], "grads");
-    at.apart(exp_avg_sq[i], "exp_avg_sq", exp_avg[i], "exp_avg");
-    t.param = params[i].mutable_data_ptr();
-    t.grad = grads[i].const_data_ptr();
-    t.exp_avg = static_cast<float*>(exp_avg[i].mutable_data_ptr());
-    t.exp_avg_sq = static_cast<float*>(exp_avg_sq[i].mutable_data_ptr());
-  }
-  const Device device = device_of(first);
-  const AdamwStepParams step_params{.hyper = hyper,
-                                    .n_tensors = static_cast<std::int64_t>(tensors.size()),
-                                    .tensors = tensors.data()};
-  checks.status(device.backend.adamw_step(step_params, device.context));
+  const auto hyper =
+      with_gradient(checks, adamw_hyper(checks, lr, beta1, beta2, eps, weight_decay, step),
+                    maximize, grad_scale, found_inf, params);
+  run_32bit<AdamwStepParams>(checks, hyper, params, grads,
+                             {{{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}}},
+                             &Backend::adamw_step);
 }
 
 void adamw_8bit_step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq,
@@ -129,56 +229,57 @@ void adamw_8bit_step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp
                      double beta2, double eps, double weight_decay, std::int64_t step,
                      bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf) {
   const Checks checks("adamw_8bit_step");
-  check_length(checks, grads, "grads", params);
-  check_length(checks, exp_avg, "exp_avg", params);
-  check_length(checks, exp_avg_sq, "exp_avg_sq", params);
-  check_length(checks, exp_avg_absmax, "exp_avg_absmax", params);
-  check_length(checks, exp_avg_sq_absmax, "exp_avg_sq_absmax", params);
-  if (params.empty()) return;
-  const Tensor& first = params[0];
-  const AdamwHyper hyper{.lr = lr,
-                         .beta1 = beta1,
-                         .beta2 = beta2,
-                         .eps = eps,
-                         .weight_decay = weight_decay,
-                         .step = step,
-                         .maximize = maximize,
-                         .grad_scale = flag(checks, grad_scale, "grad_scale", first),
-                         .found_inf = flag(checks, found_inf, "found_inf", first)};
-  check_hyper(checks, hyper);
-  std::vector<Adamw8bitTensor> tensors(params.size());
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    const Indexed at(checks, i, first);
-    Adamw8bitTensor& t = tensors[i];
-    const auto shape = sizes_of(params[i]);
-    t.n = params[i].numel();
-    const Shape blocks{n_blocks(t.n, kOptimizerBlocksize)};
-    t.param_dtype = at.float_dtype(params[i], "params");
-    t.grad_dtype = at.float_dtype(grads[i], "grads");
-    checks.shape(grads[i], at.name("grads").c_str(), shape);
-    checks.output(params[i], at.name("params").c_str());
-    at.state(exp_avg[i], "exp_avg", ScalarType::Byte, shape);
-    at.state(exp_avg_sq[i], "exp_avg_sq", ScalarType::Byte, shape);
-    at.state(exp_avg_absmax[i], "exp_avg_absmax", ScalarType::Float, blocks);
-    at.state(exp_avg_sq_absmax[i], "exp_avg_sq_absmax", ScalarType::Float, blocks);
-    grads[i] = make_contiguous(grads[i]);
-    at.apart(params[i], "params", grads[i], "grads");
-    at.apart(exp_avg[i], "exp_avg", params[i], "params");
-    at.apart(exp_avg_sq[i], "exp_avg_sq", params[i], "params");
-    at.apart(exp_avg_sq[i], "exp_avg_sq", exp_avg[i], "exp_avg");
-    at.apart(exp_avg_sq_absmax[i], "exp_avg_sq_absmax", exp_avg_absmax[i], "exp_avg_absmax");
-    t.param = params[i].mutable_data_ptr();
-    t.grad = grads[i].const_data_ptr();
-    t.exp_avg = static_cast<std::uint8_t*>(exp_avg[i].mutable_data_ptr());
-    t.exp_avg_sq = static_cast<std::uint8_t*>(exp_avg_sq[i].mutable_data_ptr());
-    t.exp_avg_absmax = static_cast<float*>(exp_avg_absmax[i].mutable_data_ptr());
-    t.exp_avg_sq_absmax = static_cast<float*>(exp_avg_sq_absmax[i].mutable_data_ptr());
-  }
-  const Device device = device_of(first);
-  const Adamw8bitStepParams step_params{.hyper = hyper,
-                                        .n_tensors = static_cast<std::int64_t>(tensors.size()),
-                                        .tensors = tensors.data()};
-  checks.status(device.backend.adamw_8bit_step(step_params, device.context));
+  const auto hyper =
+      with_gradient(checks, adamw_hyper(checks, lr, beta1, beta2, eps, weight_decay, step),
+                    maximize, grad_scale, found_inf, params);
+  run_8bit<Adamw8bitStepParams>(
+      checks, hyper, params, grads, {{{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}}},
+      {{{"exp_avg_absmax", exp_avg_absmax}, {"exp_avg_sq_absmax", exp_avg_sq_absmax}}},
+      &Backend::adamw_8bit_step);
+}
+
+void lion_step(Tensors params, Tensors grads, Tensors exp_avg, double lr, double beta1,
+               double beta2, double weight_decay, bool maximize, OptionalTensor grad_scale,
+               OptionalTensor found_inf) {
+  const Checks checks("lion_step");
+  const auto hyper = with_gradient(checks, lion_hyper(checks, lr, beta1, beta2, weight_decay),
+                                   maximize, grad_scale, found_inf, params);
+  run_32bit<LionStepParams>(checks, hyper, params, grads, {{{"exp_avg", exp_avg}}},
+                            &Backend::lion_step);
+}
+
+void lion_8bit_step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_absmax,
+                    double lr, double beta1, double beta2, double weight_decay, bool maximize,
+                    OptionalTensor grad_scale, OptionalTensor found_inf) {
+  const Checks checks("lion_8bit_step");
+  const auto hyper = with_gradient(checks, lion_hyper(checks, lr, beta1, beta2, weight_decay),
+                                   maximize, grad_scale, found_inf, params);
+  run_8bit<Lion8bitStepParams>(checks, hyper, params, grads, {{{"exp_avg", exp_avg}}},
+                               {{{"exp_avg_absmax", exp_avg_absmax}}}, &Backend::lion_8bit_step);
+}
+
+void sgd_step(Tensors params, Tensors grads, Tensors momentum_buffer, double lr, double momentum,
+              double dampening, double weight_decay, bool nesterov, bool first_step, bool maximize,
+              OptionalTensor grad_scale, OptionalTensor found_inf) {
+  const Checks checks("sgd_step");
+  const auto hyper = with_gradient(
+      checks, sgd_hyper(checks, lr, momentum, dampening, weight_decay, nesterov, first_step),
+      maximize, grad_scale, found_inf, params);
+  run_32bit<SgdStepParams>(checks, hyper, params, grads, {{{"momentum_buffer", momentum_buffer}}},
+                           &Backend::sgd_step);
+}
+
+void sgd_8bit_step(Tensors params, Tensors grads, Tensors momentum_buffer,
+                   Tensors momentum_buffer_absmax, double lr, double momentum, double dampening,
+                   double weight_decay, bool nesterov, bool first_step, bool maximize,
+                   OptionalTensor grad_scale, OptionalTensor found_inf) {
+  const Checks checks("sgd_8bit_step");
+  const auto hyper = with_gradient(
+      checks, sgd_hyper(checks, lr, momentum, dampening, weight_decay, nesterov, first_step),
+      maximize, grad_scale, found_inf, params);
+  run_8bit<Sgd8bitStepParams>(
+      checks, hyper, params, grads, {{{"momentum_buffer", momentum_buffer}}},
+      {{{"momentum_buffer_absmax", momentum_buffer_absmax}}}, &Backend::sgd_8bit_step);
 }
 
 }  // namespace qlora::torch_ops

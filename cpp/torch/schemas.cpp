@@ -70,4 +70,21 @@ STABLE_TORCH_LIBRARY(qlora_native, m) {
       "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] exp_avg_absmax, Tensor(e!)[] exp_avg_sq_absmax, "
       "float lr, float beta1, float beta2, float eps, float weight_decay, int step, "
       "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()");
+  m.def(
+      "lion_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, float lr, "
+      "float beta1, float beta2, float weight_decay, bool maximize, Tensor? grad_scale, "
+      "Tensor? found_inf) -> ()");
+  m.def(
+      "lion_8bit_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, "
+      "Tensor(c!)[] exp_avg_absmax, float lr, float beta1, float beta2, float weight_decay, "
+      "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()");
+  m.def(
+      "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffer, float lr, "
+      "float momentum, float dampening, float weight_decay, bool nesterov, bool first_step, "
+      "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()");
+  m.def(
+      "sgd_8bit_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffer, "
+      "Tensor(c!)[] momentum_buffer_absmax, float lr, float momentum, float dampening, "
+      "float weight_decay, bool nesterov, bool first_step, bool maximize, Tensor? grad_scale, "
+      "Tensor? found_inf) -> ()");
 }

@@ -26,6 +26,10 @@ constexpr Backend kBackend = {
     .qlora_linear_backward = on_device<qlora_linear_backward, QloraLinearBackwardParams>,
     .adamw_step = on_device<adamw_step, AdamwStepParams>,
     .adamw_8bit_step = on_device<adamw_8bit_step, Adamw8bitStepParams>,
+    .lion_step = on_device<lion_step, LionStepParams>,
+    .lion_8bit_step = on_device<lion_8bit_step, Lion8bitStepParams>,
+    .sgd_step = on_device<sgd_step, SgdStepParams>,
+    .sgd_8bit_step = on_device<sgd_8bit_step, Sgd8bitStepParams>,
 };
 
 }  // namespace

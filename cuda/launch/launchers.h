@@ -1,5 +1,5 @@
 // The launchers: parameters -> arguments of a kernel, grid, launch. The file of the same name has
-// each.
+// each, step.cu all optimizers.
 #pragma once
 
 #include "qlora_native/backend.h"
@@ -18,5 +18,9 @@ Status qlora_linear(const QloraLinearParams& params, const Context& context);
 Status qlora_linear_backward(const QloraLinearBackwardParams& params, const Context& context);
 Status adamw_step(const AdamwStepParams& params, const Context& context);
 Status adamw_8bit_step(const Adamw8bitStepParams& params, const Context& context);
+Status lion_step(const LionStepParams& params, const Context& context);
+Status lion_8bit_step(const Lion8bitStepParams& params, const Context& context);
+Status sgd_step(const SgdStepParams& params, const Context& context);
+Status sgd_8bit_step(const Sgd8bitStepParams& params, const Context& context);
 
 }  // namespace qlora::cuda

@@ -7,12 +7,11 @@
 namespace qlora::cuda {
 
 // `convert` makes a device tensor of tensors[i]. Empty tensors are left out.
-template <class Arguments, class Tensor, class Convert>
-Status launch_tensor_lists(void (*kernel)(Arguments), const AdamwHyper& hyper,
-                           const Tensor* tensors, std::int64_t n_tensors, void* stream,
-                           const Convert& convert) {
+template <class Arguments, class Rule, class Tensor, class Convert>
+Status launch_tensor_lists(void (*kernel)(Arguments), const Rule& rule, const Tensor* tensors,
+                           std::int64_t n_tensors, void* stream, const Convert& convert) {
   Arguments arguments{};
-  arguments.factors = adamw_factors(hyper);
+  arguments.rule = rule;
   auto& list = arguments.list;
   const auto flush = [&]() -> Status {
     const Status status = launch_tiles(kernel, list.tiles, arguments, stream);

@@ -164,5 +164,9 @@ for _op in (
     "linear_4bit.out",
     "adamw_step",
     "adamw_8bit_step",
+    "lion_step",
+    "lion_8bit_step",
+    "sgd_step",
+    "sgd_8bit_step",
 ):
     _fake(_op)(lambda *args, **kwargs: None)

@@ -23,6 +23,10 @@ WRITTEN: dict[str, tuple[int | str, ...]] = {
     "linear_4bit.out": ("out",),
     "adamw_step.default": (0, 2, 3),
     "adamw_8bit_step.default": (0, 2, 3, 4, 5),
+    "lion_step.default": (0, 2),
+    "lion_8bit_step.default": (0, 2, 3),
+    "sgd_step.default": (0, 2),
+    "sgd_8bit_step.default": (0, 2, 3),
 }
 
 _new_library: Any = torch.library.Library

@@ -148,8 +148,8 @@ void run(const Backend& backend) {
   std::vector<float> param = numbers.floats(kValues);
   auto exp_avg = buffer<float>(kValues);
   auto exp_avg_sq = buffer<float>(kValues);
-  const AdamwTensor tensor{kValues,      DType::float32, DType::float32,   param.data(),
-                           dense.data(), exp_avg.data(), exp_avg_sq.data()};
+  const AdamwTensor tensor{kValues,      DType::float32, DType::float32,
+                           param.data(), dense.data(),   {exp_avg.data(), exp_avg_sq.data()}};
   const AdamwHyper hyper{1e-3, 0.9, 0.999, 1e-8, 0.01, 1, false, nullptr, nullptr};
   expect("adamw_step", backend.adamw_step({hyper, 1, &tensor}, kContext));
   print("param", param);

@@ -2,6 +2,7 @@
 // what tests/python/test_emulation.py compares a mutant of a kernel with.
 #include <cstdint>
 #include <cstdio>
+#include <vector>
 
 #include "backend.h"
 #include "machine.h"
@@ -74,38 +75,62 @@ void quantize(const Backend& backend, std::int64_t n, std::int64_t blocksize, co
   }
 }
 
-void adamw(const Backend& backend, std::int64_t n, DType dtype, std::int64_t shift) {
-  constexpr AdamwHyper kHyper{.lr = 1e-3,
-                              .beta1 = 0.9,
-                              .beta2 = 0.999,
-                              .eps = 1e-8,
-                              .weight_decay = 0.01,
-                              .step = 2,
-                              .maximize = false,
-                              .grad_scale = nullptr,
-                              .found_inf = nullptr};
+// A step with 32-bit state of n values and of none, then two with 8-bit state.
+template <class Hyper, int kMoments>
+void step(std::int64_t n, DType dtype, std::int64_t shift, const Hyper& hyper,
+          Status (*wide_op)(const StepParams<Hyper, StepTensor<kMoments>>&, const Context&),
+          Status (*narrow_op)(const StepParams<Hyper, Step8bitTensor<kMoments>>&, const Context&)) {
   const Context context;
   const std::int64_t blocks = n_blocks(n, kOptimizerBlocksize);
   const Buffer param = values(n, dtype, shift), grad = values(n, dtype, shift);
-  const Buffer m(n, 4, shift), v(n, 4, shift);
-  const AdamwTensor wide[2] = {
-      {n, dtype, dtype, param.as<void>(), grad.as<void>(), m.as<float>(), v.as<float>()},
-      {0, dtype, dtype, nullptr, nullptr, nullptr, nullptr}};
-  check(backend.adamw_step({.hyper = kHyper, .n_tensors = 2, .tensors = wide}, context));
-  const Buffer m8(n, 1, shift), v8(n, 1, shift), m_absmax(blocks, 4, 0), v_absmax(blocks, 4, 0);
-  const Adamw8bitTensor narrow{n,
-                               dtype,
-                               dtype,
-                               param.as<void>(),
-                               grad.as<void>(),
-                               m8.as<std::uint8_t>(),
-                               v8.as<std::uint8_t>(),
-                               m_absmax.as<float>(),
-                               v_absmax.as<float>()};
-  for (int step = 0; step < 2; ++step) {
-    check(backend.adamw_8bit_step({.hyper = kHyper, .n_tensors = 1, .tensors = &narrow}, context));
+  StepTensor<kMoments> wide[2] = {{n, dtype, dtype, param.as<void>(), grad.as<void>(), {}},
+                                  {0, dtype, dtype, nullptr, nullptr, {}}};
+  Step8bitTensor<kMoments> narrow{n, dtype, dtype, param.as<void>(), grad.as<void>(), {}, {}};
+  std::vector<Buffer> moments, codes, absmax;
+  for (int j = 0; j < kMoments; ++j) {
+    wide[0].moments[j] = moments.emplace_back(n, 4, shift).template as<float>();
+    narrow.codes[j] = codes.emplace_back(n, 1, shift).template as<std::uint8_t>();
+    narrow.absmax[j] = absmax.emplace_back(blocks, 4, 0).template as<float>();
   }
-  for (const Buffer* buffer : {&param, &m, &v, &m8, &v8, &m_absmax, &v_absmax}) buffer->digest();
+  check(wide_op({.hyper = hyper, .n_tensors = 2, .tensors = wide}, context));
+  for (int i = 0; i < 2; ++i) {
+    check(narrow_op({.hyper = hyper, .n_tensors = 1, .tensors = &narrow}, context));
+  }
+  param.digest();
+  for (const auto* buffers : {&moments, &codes, &absmax}) {
+    for (const Buffer& buffer : *buffers) buffer.digest();
+  }
+}
+
+void optimizers(const Backend& backend, std::int64_t n, DType dtype, std::int64_t shift) {
+  const AdamwHyper adamw{.lr = 1e-3,
+                         .beta1 = 0.9,
+                         .beta2 = 0.999,
+                         .eps = 1e-8,
+                         .weight_decay = 0.01,
+                         .step = 2,
+                         .maximize = false,
+                         .grad_scale = nullptr,
+                         .found_inf = nullptr};
+  const LionHyper lion{.lr = 1e-4,
+                       .beta1 = 0.9,
+                       .beta2 = 0.99,
+                       .weight_decay = 0.01,
+                       .maximize = false,
+                       .grad_scale = nullptr,
+                       .found_inf = nullptr};
+  const SgdHyper sgd{.lr = 1e-2,
+                     .momentum = 0.9,
+                     .dampening = 0.1,
+                     .weight_decay = 0.01,
+                     .nesterov = true,
+                     .first_step = false,
+                     .maximize = false,
+                     .grad_scale = nullptr,
+                     .found_inf = nullptr};
+  step(n, dtype, shift, adamw, backend.adamw_step, backend.adamw_8bit_step);
+  step(n, dtype, shift, lion, backend.lion_step, backend.lion_8bit_step);
+  step(n, dtype, shift, sgd, backend.sgd_step, backend.sgd_8bit_step);
 }
 
 }  // namespace
@@ -120,8 +145,8 @@ int main() {
         quantize(backend, n, blocksize, kNf4, DType::float32, 0);
       }
       quantize(backend, n, 128, kFp4, DType::bfloat16, 3);
-      adamw(backend, n, DType::float32, 0);
-      adamw(backend, n, DType::bfloat16, 3);
+      optimizers(backend, n, DType::float32, 0);
+      optimizers(backend, n, DType::bfloat16, 3);
     }
     std::printf("%016llx\n", static_cast<unsigned long long>(digest));
   }

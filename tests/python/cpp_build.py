@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("test_cpu_quantize", "test_cpu_linear", "test_cpu_adamw")
+TESTS = ("test_cpu_quantize", "test_cpu_linear", "test_cpu_optimizers")
 
 
 def run(*command: str | Path, timeout: int = 600, **environment: str) -> str:

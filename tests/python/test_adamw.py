@@ -1,6 +1,6 @@
 """adamw_step and adamw_8bit_step, against their formula in fp32 to the bit, and against float64.
 
-The kernels do what cpp/cpu/adamw_update_inl.h writes down, each operation rounded once and in that
+The kernels do what cpp/cpu/adamw_inl.h writes down, each operation rounded once and in that
 order. `step_fp32` does the same operations in numpy, which rounds likewise (torch.sqrt is off by an
 ulp here and there), so that the two agree to the last bit on every instruction set.
 """

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA co
 # linear_few_rows: its launch bounds hold it to 128 up to 16 columns (two blocks of 256 threads);
 # with more columns one block is resident.
 MOST_REGISTERS = {
-    "adamw_kernel": 64,
-    "adamw_8bit_kernel": 64,
+    "step_kernel": 64,
+    "step_8bit_kernel": 64,
     "mean_kernel": 64,
     "linear_few_rows_kernel": 255,
     "linear_fma_kernel": 128,  # two blocks of 256 threads

@@ -69,8 +69,8 @@ MUTANTS = [
            "  for (int half = kMeanThreads / 2; half > 0; half /= 2) {\n    sync_block();\n",
            "  sync_block();\n  for (int half = kMeanThreads / 2; half > 0; half /= 2) {\n",
            "quantize_8bit", "race"),
-    mutant("a warp leaves before its shuffles", "adamw_8bit",
-           "if (!warp_has_values) continue;", "if (at.count == 0) continue;", "adamw", "divergent"),
+    mutant("a warp leaves before its shuffles", "step_8bit",
+           "if (!warp_has_values) continue;", "if (at.count == 0) continue;", "step", "divergent"),
 ]  # fmt: skip
 
 

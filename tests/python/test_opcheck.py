@@ -119,6 +119,30 @@ CASES: dict[str, Callable[[], list[Case]]] = {
             torch.tensor([0.0]),
         ),
     ],
+    "lion_step.default": lambda: [
+        case(
+            [randn(40), randn(3, 5)], [randn(40), randn(3, 5)], [randn(40), randn(3, 5)],
+            1e-4, 0.9, 0.99, 0.01, False, None, None,
+        ),
+    ],
+    "lion_8bit_step.default": lambda: [
+        case(
+            [randn(300)], [randn(300)], [bytes_of(300)], [torch.ones(2)], 1e-4, 0.9, 0.99, 0.01,
+            True, torch.tensor([2.0]), torch.tensor([0.0]),
+        ),
+    ],
+    "sgd_step.default": lambda: [
+        case(
+            [randn(40), randn(3, 5)], [randn(40), randn(3, 5)], [randn(40), randn(3, 5)],
+            1e-2, 0.9, 0.0, 0.01, True, True, False, None, None,
+        ),
+    ],
+    "sgd_8bit_step.default": lambda: [
+        case(
+            [randn(300)], [randn(300)], [bytes_of(300)], [torch.ones(2)], 1e-2, 0.9, 0.1, 0.01,
+            False, False, True, torch.tensor([2.0]), torch.tensor([0.0]),
+        ),
+    ],
 }  # fmt: skip
 
 # The AOT test sums all outputs into a loss, and u of qlora_linear refuses a gradient. The compiled

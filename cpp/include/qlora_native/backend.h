@@ -44,6 +44,10 @@ struct Backend {
   Status (*qlora_linear_backward)(const QloraLinearBackwardParams&, const Context&);
   Status (*adamw_step)(const AdamwStepParams&, const Context&);
   Status (*adamw_8bit_step)(const Adamw8bitStepParams&, const Context&);
+  Status (*lion_step)(const LionStepParams&, const Context&);
+  Status (*lion_8bit_step)(const Lion8bitStepParams&, const Context&);
+  Status (*sgd_step)(const SgdStepParams&, const Context&);
+  Status (*sgd_8bit_step)(const Sgd8bitStepParams&, const Context&);
 };
 
 }  // namespace qlora

@@ -204,7 +204,49 @@ struct MatmulParams {
 // ---- optimizer
 // ------------------------------------------------------------------------------------
 
-// AdamW (Loshchilov & Hutter, 2019) in torch.optim.AdamW's order of operations.
+// A parameter, its gradient and the moments that a rule keeps of it.
+template <int kCount>
+struct StepTensor {
+  static constexpr int kMoments = kCount;
+  std::int64_t n;
+  DType param_dtype;
+  DType grad_dtype;
+  void* param;               // [n] in, out
+  const void* grad;          // [n]
+  float* moments[kMoments];  // [n] each; in, out
+};
+
+// The same with 8-bit blockwise state (Dettmers et al., 2022): blocks of 256 values with one absmax
+// each, codes of the signed map for the first moment and of the unsigned one for the second.
+template <int kCount>
+struct Step8bitTensor {
+  static constexpr int kMoments = kCount;
+  std::int64_t n;
+  DType param_dtype;
+  DType grad_dtype;
+  void* param;                    // [n] in, out
+  const void* grad;               // [n]
+  std::uint8_t* codes[kMoments];  // [n] each; in, out
+  float* absmax[kMoments];        // [ceil(n/256)] each; in, out
+};
+
+constexpr bool is_signed_moment(int moment) { return moment == 0; }
+
+// Many tensors in one call.
+template <class RuleHyper, class RuleTensor>
+struct StepParams {
+  using Hyper = RuleHyper;
+  using Tensor = RuleTensor;
+  Hyper hyper;
+  std::int64_t n_tensors;
+  const Tensor* tensors;  // [n_tensors]
+};
+
+// In every rule: gradients are divided by grad_scale ([1] or null) and negated to maximize; a
+// found_inf ([1] or null) that is not 0 skips the whole step.
+
+// AdamW (Loshchilov & Hutter, 2019) in torch.optim.AdamW's order of operations; moments exp_avg and
+// exp_avg_sq.
 struct AdamwHyper {
   double lr;
   double beta1;
@@ -213,44 +255,41 @@ struct AdamwHyper {
   double weight_decay;
   std::int64_t step;  // 1 in the first call
   bool maximize;
-  const float* grad_scale;  // [1] or null: gradients are divided by it
-  const float* found_inf;   // [1] or null: not 0 skips the whole step
+  const float* grad_scale;
+  const float* found_inf;
 };
+using AdamwTensor = StepTensor<2>;
+using AdamwStepParams = StepParams<AdamwHyper, AdamwTensor>;
+using Adamw8bitTensor = Step8bitTensor<2>;
+using Adamw8bitStepParams = StepParams<AdamwHyper, Adamw8bitTensor>;
 
-struct AdamwTensor {
-  std::int64_t n;
-  DType param_dtype;
-  DType grad_dtype;
-  void* param;        // [n] in, out
-  const void* grad;   // [n]
-  float* exp_avg;     // [n] in, out
-  float* exp_avg_sq;  // [n] in, out
+// Lion (Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, algorithm 2); moment
+// exp_avg.
+struct LionHyper {
+  double lr;
+  double beta1;
+  double beta2;
+  double weight_decay;
+  bool maximize;
+  const float* grad_scale;
+  const float* found_inf;
 };
+using LionStepParams = StepParams<LionHyper, StepTensor<1>>;
+using Lion8bitStepParams = StepParams<LionHyper, Step8bitTensor<1>>;
 
-struct AdamwStepParams {
-  AdamwHyper hyper;
-  std::int64_t n_tensors;
-  const AdamwTensor* tensors;  // [n_tensors]
+// SGD with momentum in torch.optim.SGD's order of operations; moment momentum_buffer.
+struct SgdHyper {
+  double lr;
+  double momentum;
+  double dampening;
+  double weight_decay;  // coupled: added to the gradient
+  bool nesterov;
+  bool first_step;  // the buffer begins as the gradient, un-dampened
+  bool maximize;
+  const float* grad_scale;
+  const float* found_inf;
 };
-
-// 8-bit blockwise state (Dettmers et al., 2022): codes of the signed map for exp_avg, of the
-// unsigned one for exp_avg_sq, blocks of 256 values with one absmax each.
-struct Adamw8bitTensor {
-  std::int64_t n;
-  DType param_dtype;
-  DType grad_dtype;
-  void* param;               // [n] in, out
-  const void* grad;          // [n]
-  std::uint8_t* exp_avg;     // [n] in, out
-  std::uint8_t* exp_avg_sq;  // [n] in, out
-  float* exp_avg_absmax;     // [ceil(n/256)] in, out
-  float* exp_avg_sq_absmax;  // [ceil(n/256)] in, out
-};
-
-struct Adamw8bitStepParams {
-  AdamwHyper hyper;
-  std::int64_t n_tensors;
-  const Adamw8bitTensor* tensors;  // [n_tensors]
-};
+using SgdStepParams = StepParams<SgdHyper, StepTensor<1>>;
+using Sgd8bitStepParams = StepParams<SgdHyper, Step8bitTensor<1>>;
 
 }  // namespace qlora
