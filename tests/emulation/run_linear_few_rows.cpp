@@ -7,8 +7,7 @@
 #include "launch/linear_few_rows.h"
 #include "launch/linear_paths.h"
 #include "machine.h"
-#include "qlora_native/layout.h"
-#include "run_buffers.h"
+#include "run_weight.h"
 
 namespace {
 
@@ -30,14 +29,6 @@ constexpr Case kCases[] = {
     {40, 130, 512, 64, true, DType::bfloat16, 0},
 };
 
-Buffer bytes(std::int64_t n) {
-  Buffer buffer(n, 1, 0);
-  for (std::int64_t i = 0; i < n; ++i) {
-    buffer.as<std::uint8_t>()[i] = static_cast<std::uint8_t>(i * 2654435761u >> 13);
-  }
-  return buffer;
-}
-
 // One tensor of scratch memory, as long as the op wants it, that holds NaN.
 void* allocate(void* lender, std::int64_t size) {
   auto& memory = *static_cast<std::vector<unsigned char>*>(lender);
@@ -46,26 +37,15 @@ void* allocate(void* lender, std::int64_t size) {
 }
 
 void run(const Case& c) {
-  const std::int64_t values_of_w = c.n * c.k, blocks = n_blocks(values_of_w, c.blocksize);
+  const RunWeight weight(c.n, c.k, c.blocksize, c.double_quantized);
   const Buffer x = values(c.m * c.k, c.dtype, 0), bias = values(c.n, c.dtype, 1);
   const Buffer left = values(c.m * c.r, c.dtype, 0), right = values(c.n * c.r, c.dtype, 0);
-  const Buffer packed = bytes(packed_bytes(values_of_w)), codes = bytes(blocks);
-  const Buffer absmax = values(blocks, DType::float32, 0), offset = values(1, DType::float32, 0);
   const Buffer out(c.m * c.n, size_of(c.dtype), 1);
-  const Scales plain{.absmax = absmax.as<float>()};
-  const Scales doubled{.absmax_q8 = codes.as<std::uint8_t>(),
-                       .nested_absmax = absmax.as<float>(),
-                       .nested_offset = offset.as<float>()};
   std::vector<unsigned char> scratch;
   const Context context{.allocate = allocate, .lender = &scratch};
   const cuda::LoraTerm lora{.r = c.r, .left = left.as<void>(), .right = right.as<void>()};
   check(cuda::linear_few_rows({.m = c.m,
-                               .weight = {.format = kNf4,
-                                          .rows = c.n,
-                                          .cols = c.k,
-                                          .blocksize = c.blocksize,
-                                          .packed = packed.as<std::uint8_t>(),
-                                          .scales = c.double_quantized ? doubled : plain},
+                               .weight = weight.weight(),
                                .dtype = c.dtype,
                                .x = x.as<void>(),
                                .bias = bias.as<void>(),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from linear_cases import Case, Weight, assert_as_exact_as_plain, make_weight, rand
+from planted_faults import Build, Mutant, assert_caught, build, mutant
 from qlora_native import ops, reference
 
 emulation = pytest.importorskip(
@@ -206,3 +208,46 @@ def test_it_reads_the_weight_once_without_bank_conflicts(direction: str, m: int)
     moved = 32 * (counts["loaded_sectors"] + counts["stored_sectors"])
     assert moved <= least + x_bytes + scales
     assert counts["bank_conflicts"] == 0
+
+
+# ---- faults planted in the kernel ----------------------------------------------------------------
+
+
+def planted(name: str, file: str, old: str, new: str, caught_by: str) -> Mutant:
+    return mutant(name, file, old, new, "linear_tiles", caught_by)
+
+
+KERNEL = "linear_tiles"
+MUTANTS = [
+    planted("no barrier after the wait", KERNEL,
+            "may be overwritten.\n    sync_block();\n", "may be overwritten.\n", "in flight"),
+    planted("waits for a group too few", KERNEL, "wait_copies<kTileStages - 2>",
+            "wait_copies<kTileStages - 1>", "in flight"),
+    planted("LoRA's panels refilled before all have read them", KERNEL,
+            "    sync_block();  // the panels have been read\n", "", "race"),
+    planted("the next weights over those that are read", KERNEL,
+            "write_piece(scaled, 2 * i, step + 1)", "write_piece(scaled, 2 * i, step)", "race"),
+    planted("the mask on the base product too", KERNEL, "  store_tile(tile, p.out, row, column);",
+            "  if (p.dropout.threshold > 0) apply_dropout(tile, p.dropout, row, column);\n"
+            "  store_tile(tile, p.out, row, column);", "digest"),
+    planted("weights stored without the swizzle", "weight_tile",
+            "panel + (panel_row(row) ^", "panel + (row * kPanelColumns ^", "digest"),
+    planted("scale of the row above", "weight_tile", "block = first >>",
+            "block = (row > 0 ? first - weight.columns : first) >>", "digest"),
+    planted("the depth's tail not masked", "panel",
+            "column + own_column < from.columns ? from.rows - row : 0", "from.rows - row",
+            "out of bounds"),
+    planted("rows past M stored", "tile_epilogue", "row >= out.rows || column >= out.columns",
+            "column >= out.columns", "out of bounds"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    return build(tmp_path_factory.mktemp("unchanged"), "run_linear_tiles.cpp", "linear_tiles")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_a_planted_fault_is_caught(mutant: Mutant, unchanged: Build, tmp_path: Path) -> None:
+    assert_caught(mutant, unchanged, tmp_path)
