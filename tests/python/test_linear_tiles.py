@@ -220,7 +220,7 @@ def planted(name: str, file: str, old: str, new: str, caught_by: str) -> Mutant:
 KERNEL = "linear_tiles"
 MUTANTS = [
     planted("no barrier after the wait", KERNEL,
-            "may be overwritten.\n    sync_block();\n", "may be overwritten.\n", "in flight"),
+            "may be overwritten.\n    sync_block();\n", "may be overwritten.\n", "race"),
     planted("waits for a group too few", KERNEL, "wait_copies<kTileStages - 2>",
             "wait_copies<kTileStages - 1>", "in flight"),
     planted("LoRA's panels refilled before all have read them", KERNEL,
