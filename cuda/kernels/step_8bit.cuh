@@ -153,6 +153,7 @@ __global__ void __launch_bounds__(kTileThreads)
       for (int j = 0; j < kMoments; ++j) octets[j].value[i] = finite ? after[j] : before[j];
     }
     store_octet(t.param, t.n, at, t.aligned, param);
+    sync_warp();  // all lanes have loaded the old absmax
     tables.each([&]<int j>(MomentTables<j>& of) {
       const float largest = warp_absmax(octets[j]);
       store_octet_bytes(t.codes[j], at, t.aligned, of.encode(octets[j], largest));

@@ -11,6 +11,7 @@ enum class FaultKind {
   misaligned,     // a vector access off its own size
   uninitialised,  // shared memory read before it was written, in this block of threads
   race,           // shared memory, two threads, no barrier between, one of them writes
+  global_race,    // global memory: the same, and between blocks nothing published
   in_flight,      // what an asynchronous copy will write, touched before the wait that covers it
   barrier,        // threads wait at different barriers, or some never come
   warp,           // lanes wait in different exchanges, or some never come

@@ -39,6 +39,8 @@ const char* name_of(FaultKind kind) {
       return "uninitialised shared memory";
     case FaultKind::race:
       return "race on shared memory";
+    case FaultKind::global_race:
+      return "race on global memory";
     case FaultKind::in_flight:
       return "in flight";
     case FaultKind::barrier:
@@ -78,7 +80,13 @@ std::optional<Fault> Machine::run(const Launch& launch, const std::function<void
   kernel_ = &kernel;
   fault_.reset();
   random_ = seed_ * 0x9E3779B97F4A7C15ull + 1;
-  for (block_index_ = 0; block_index_ < launch.grid && !fault_; ++block_index_) run_block();
+  global_memory().begin_launch(block_number_ + 1);
+  for (block_index_ = 0; block_index_ < launch.grid && !fault_; ++block_index_) {
+    if (only_ends_ > 0 && block_index_ == only_ends_) {
+      block_index_ = std::max(block_index_, launch.grid - only_ends_);
+    }
+    run_block();
+  }
   kernel_ = nullptr;
   return std::exchange(fault_, std::nullopt);
 }
@@ -87,6 +95,7 @@ void Machine::begin_block() {
   ++block_number_;
   readers().forget(true);
   mbarriers().forget();
+  global_memory().begin_block();
   const std::uint32_t before = latest_;
   alive_ = launch_.block;
   at_barrier_ = 0;
@@ -102,6 +111,7 @@ void Machine::begin_block() {
     tick(*slot);
     slot->waits_at = nullptr;
     slot->copies = {};
+    slot->tickets = {};
     slot->fibre.start(&Machine::thread_main, slot.get());
     ++warps_[static_cast<std::size_t>(i / kWarpSize)].lanes;
   }

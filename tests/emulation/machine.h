@@ -19,12 +19,14 @@
 #include "copies.h"
 #include "fault.h"
 #include "fibre.h"
+#include "global_memory.h"
 
 namespace emulation {
 
 inline constexpr int kWarpSize = 32;
 // Few and little, so that small tensors need several turns of a grid and several panels.
 inline constexpr int kMultiprocessors = 2;
+inline constexpr int kAbundantMultiprocessors = 1 << 24;
 inline constexpr int kL2Bytes = 32 * 1024;
 
 struct Warp;
@@ -44,6 +46,7 @@ struct Thread {
   std::uint64_t received = 0;
   void* operands = nullptr;  // of an instruction of the whole warp
   AsyncCopies copies;
+  Tickets tickets;
 
   [[nodiscard]] Moment now() const { return {index, time}; }
 };
@@ -84,6 +87,13 @@ class Machine {
   void set_architecture(int number) { architecture_ = number; }
   [[nodiscard]] int architecture() const { return architecture_; }
 
+  // Run only so many blocks at either end of every grid, on a card so large that each has work of
+  // its own: a kernel on a tensor past 2^31 elements, of which the rest stays untouched. 0: all.
+  void set_only_ends(std::int64_t blocks) { only_ends_ = blocks; }
+  [[nodiscard]] int multiprocessors() const {
+    return only_ends_ > 0 ? kAbundantMultiprocessors : kMultiprocessors;
+  }
+
   // ---- asked by the running thread ----
   [[nodiscard]] Thread& thread() { return *current_; }
   [[nodiscard]] Warp& warp() {
@@ -96,6 +106,7 @@ class Machine {
   // The running thread hands what it knows on, or learns: what orders memory, clock.h.
   void release(Clock& to);
   void acquire(const Clock& from);
+  void tick(Thread& thread);  // and so its time goes on
   // It waits in that queue (`what`, in messages) until another thread wakes all who do.
   void wait_in(std::vector<Thread*>& queue, const char* what, const std::source_location& where);
   void wake(std::vector<Thread*>& queue);
@@ -113,7 +124,6 @@ class Machine {
   void run_block();
   void begin_block();
   void end_thread(Thread& thread);
-  void tick(Thread& thread);
   void release_block();
   void meet_warp(const char* what, bool ordered, Together together,
                  const std::source_location& where);
@@ -133,6 +143,7 @@ class Machine {
   std::optional<Fault> fault_;
   int architecture_ = 80;
   std::uint64_t seed_ = 0;
+  std::int64_t only_ends_ = 0;
   std::uint64_t random_ = 0;
   std::int64_t block_index_ = 0;
   std::uint32_t block_number_ = 0;

@@ -91,6 +91,9 @@ PYBIND11_MODULE(_emulation, m) {
   m.def("last_way", &last_way, py::arg("direction"), "The way that the latest call took, or None.");
   m.def("set_choices", &set_choices, py::arg("device"), py::arg("rows"),
         "What was measured on that device: _core.set_cuda_linear_choices.");
+  m.def(
+      "only_ends", [](std::int64_t n) { emulation::Machine::instance().set_only_ends(n); },
+      py::arg("blocks"), "Run only so many blocks at either end of a grid; 0: all.");
   m.def("count", &count, py::arg("on"), "Start counting from zero, or stop.");
   m.def("counts", &counts, "What the launches since then moved (counters.h).");
 }

@@ -60,26 +60,27 @@ __global__ void ring_kernel(Global<const float> x, Global<float> out, int tiles)
     // Into the stage that was read before this barrier; one on is the stage being read.
     load(kMutant == Mutant::one_stage_too_far ? tile + kStages : tile + kStages - 1);
   }
-  out.store(t, sum);
+  out.store(block_index() * kThreads + t, sum);
 }
 
 template <Mutant kMutant>
 Status run_ring(std::vector<float>* result = nullptr) {
   constexpr int kTiles = 7;
-  std::vector<float> x(kTiles * kStage + 4), out(kThreads);
+  std::vector<float> x(kTiles * kStage + 4), out(2 * kThreads);
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 31);
   const std::size_t past = reinterpret_cast<std::uintptr_t>(x.data()) % 16 / 4;
   const Status status =
       launch(ring_kernel<kMutant>,
              {.grid = 2, .block = kThreads, .dynamic_shared = kStages * kStage * sizeof(float)},
              Global<const float>(x.data() + (4 - past) % 4, kTiles * kStage),
-             Global<float>(out.data(), kThreads), kTiles);
+             Global<float>(out.data(), 2 * kThreads), kTiles);
   if (result != nullptr) {
     std::vector<float> want(kThreads);
     for (int i = 0; i < kTiles * kStage; ++i) {
       want[static_cast<std::size_t>(kThreads - 1 - i % kStage / 4)] +=
           x[static_cast<std::size_t>(i) + (4 - past) % 4];
     }
+    want.insert(want.end(), want.begin(), want.end());
     expect(out == want, "a ring of copies gives the sums");
   }
   return status;

@@ -16,6 +16,7 @@ EMULATOR = [
     "fibre.cpp",
     "copies.cpp",
     "counters.cpp",
+    "global_memory.cpp",
     "mbarriers.cpp",
     "readers.cpp",
     "shadow.cpp",

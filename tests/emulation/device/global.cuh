@@ -11,6 +11,7 @@
 #include "device/thread.cuh"
 #include "device/vec.cuh"
 #include "fault.h"
+#include "global_memory.h"
 
 namespace qlora::cuda {
 
@@ -42,8 +43,10 @@ class Global {
   }
   Value atomic_add(std::int64_t i, Value value, const Where& where = Where::current()) const {
     static_assert(std::is_integral_v<T>);
-    const Value before = load_as<Value>(i, where);
-    store_as(i, static_cast<Value>(before + value), where);
+    check<Value>(i, where);
+    emulation::global_memory().atomic(address(i), static_cast<int>(sizeof(Value)), where);
+    const Value before = data_[i];
+    data_[i] = static_cast<Value>(before + value);
     return before;
   }
 
@@ -51,7 +54,9 @@ class Global {
   template <class V>
   V load_as(std::int64_t i, const Where& where) const {
     check<V>(i, where);
-    emulation::counters().load(address(i), static_cast<int>(sizeof(V)), where);
+    constexpr auto kBytes = static_cast<int>(sizeof(V));
+    emulation::counters().load(address(i), kBytes, where);
+    emulation::global_memory().read(address(i), kBytes, std::is_const_v<T>, where);
     V value;
     std::memcpy(&value, data_ + i, sizeof value);
     return value;
@@ -60,7 +65,9 @@ class Global {
   template <class V>
   void store_as(std::int64_t i, const V& value, const Where& where) const {
     check<V>(i, where);
-    emulation::counters().store(address(i), static_cast<int>(sizeof(V)), where);
+    constexpr auto kBytes = static_cast<int>(sizeof(V));
+    emulation::counters().store(address(i), kBytes, where);
+    emulation::global_memory().write(address(i), kBytes, where);
     std::memcpy(data_ + i, &value, sizeof value);
   }
 
@@ -87,6 +94,6 @@ class Global {
   std::int64_t size_ = 0;
 };
 
-inline void fence_gpu() {}
+inline void fence_gpu() { emulation::global_memory().fence(); }
 
 }  // namespace qlora::cuda

@@ -37,7 +37,7 @@ Status launch(void (*kernel)(Parameters...), const Launch& config, const Argumen
 }
 
 inline Status multiprocessors(int* count) {
-  *count = emulation::kMultiprocessors;
+  *count = machine().multiprocessors();
   return {};
 }
 
