@@ -71,16 +71,16 @@ __global__ void ring_kernel(Global<const int> x, Global<int> sums) {
       arrive(b, kStages + stage);
     }
   }
-  if (warp_index() == 1) sums.store(lane, sum);
+  if (warp_index() == 1) sums.store(block_index() * kWarpSize + lane, sum);
 }
 
 template <Mutant kMutant>
 Status run_ring(std::vector<int>* result = nullptr) {
-  std::vector<int> x(kSteps * kWarpSize), sums(kWarpSize);
+  std::vector<int> x(kSteps * kWarpSize), sums(2 * kWarpSize);
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<int>(i * i % 101);
-  const Status status =
-      launch(ring_kernel<kMutant>, {.grid = 2, .block = 2 * kWarpSize},
-             Global<const int>(x.data(), kSteps * kWarpSize), Global<int>(sums.data(), kWarpSize));
+  const Status status = launch(ring_kernel<kMutant>, {.grid = 2, .block = 2 * kWarpSize},
+                               Global<const int>(x.data(), kSteps * kWarpSize),
+                               Global<int>(sums.data(), 2 * kWarpSize));
   if (result != nullptr) *result = sums;
   return status;
 }
@@ -98,6 +98,7 @@ void test_ring_and_mutants() {
   for (int i = 0; i < kSteps * kWarpSize; ++i) {
     want[static_cast<std::size_t>((i + kWarpSize - 1) % kWarpSize)] += i * i % 101;
   }
+  want.insert(want.end(), want.begin(), want.end());  // of each block the same
   for (std::uint64_t seed = 0; seed < 8; ++seed) {
     machine().set_seed(seed);
     std::vector<int> sums;

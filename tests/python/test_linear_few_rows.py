@@ -157,7 +157,7 @@ MUTANTS = [
             "  sync_block();\n  const std::int64_t row_sets", "  const std::int64_t row_sets",
             "race"),
     planted("partial sums of all blocks in one place", KERNEL, "(split * row_sets + row_set)",
-            "row_set", "digest"),
+            "row_set", "race on global memory"),
     planted("the LoRA term from each block", KERNEL, "if (split == 0) add", "add", "digest"),
     planted("scale of the other eight rows", "scale_panel", "+ eight * (8 * kUnits)",
             "+ (eight ^ 1) * (8 * kUnits)", "digest"),
