@@ -1,11 +1,18 @@
-"""Plants a fault in a CUDA kernel, runs it on the emulator, and looks for what catches it."""
+"""Plants a fault in a CUDA kernel, runs it on the emulator, and looks for what catches it.
+
+QLORA_TEST_FAULTS=some plants every third, for a run that is short of time.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from emulated_build import EMULATION, KERNELS, compile_object, emulator_objects, link, run
 
@@ -24,6 +31,12 @@ class Mutant:
 
 def mutant(name: str, file: str, old: str, new: str, units: str, caught_by: str) -> Mutant:
     return Mutant(name, f"kernels/{file}.cuh", old, new, tuple(units.split()), caught_by)
+
+
+def each(mutants: Sequence[Mutant]) -> pytest.MarkDecorator:
+    """Runs a test once for each, as its argument `mutant`."""
+    chosen = mutants[::3] if os.environ.get("QLORA_TEST_FAULTS") == "some" else mutants
+    return pytest.mark.parametrize("mutant", chosen, ids=lambda m: m.name)
 
 
 @dataclass(frozen=True)

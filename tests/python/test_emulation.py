@@ -11,7 +11,7 @@ from bench.cuda_cases import CASES, Case
 from bench.cuda_counts import Counts
 
 from emulated_build import EMULATION, KERNELS, compile_object, emulator_objects, link, run
-from planted_faults import Build, Mutant, assert_caught, build, mutant
+from planted_faults import Build, Mutant, assert_caught, build, each, mutant
 from qlora_native import ops
 
 emulation = pytest.importorskip(
@@ -80,7 +80,7 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+@each(MUTANTS)
 def test_a_planted_fault_is_caught(mutant: Mutant, unchanged: Build, tmp_path: Path) -> None:
     assert_caught(mutant, unchanged, tmp_path)
 

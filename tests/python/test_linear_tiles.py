@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linear_cases import Case, Weight, assert_as_exact_as_plain, make_weight, rand
-from planted_faults import Build, Mutant, assert_caught, build, mutant
+from planted_faults import Build, Mutant, assert_caught, build, each, mutant
 from qlora_native import ops, reference
 
 emulation = pytest.importorskip(
@@ -248,6 +248,6 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+@each(MUTANTS)
 def test_a_planted_fault_is_caught(mutant: Mutant, unchanged: Build, tmp_path: Path) -> None:
     assert_caught(mutant, unchanged, tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from planted_faults import Build, Mutant, assert_caught, build, mutant
+from planted_faults import Build, Mutant, assert_caught, build, each, mutant
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +39,6 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return build(tmp_path_factory.mktemp("unchanged"), "run_qlora.cpp")
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+@each(MUTANTS)
 def test_a_planted_fault_is_caught(mutant: Mutant, unchanged: Build, tmp_path: Path) -> None:
     assert_caught(mutant, unchanged, tmp_path)
