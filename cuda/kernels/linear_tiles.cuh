@@ -178,12 +178,13 @@ __device__ void multiply_tile(const LinearTilesArguments<T>& p, DynamicMap& map)
 }
 
 // The launcher refuses cards for which the body is left out.
-template <class T, TileShape kShape, DepthOfRight kDepth>
-__global__ void __launch_bounds__(kLinearThreads, kShape.blocks_per_multiprocessor)
+// By its rows, since a shape as an argument of a kernel's template is more than nvcc 13 can name.
+template <class T, int kRows, DepthOfRight kDepth>
+__global__ void __launch_bounds__(kLinearThreads, tile_of(kRows).blocks_per_multiprocessor)
     linear_tiles_kernel(const __grid_constant__ LinearTilesArguments<T> p) {
   if constexpr (kHasTensorCores16) {
     __shared__ DynamicMap map;
-    multiply_tile<kShape, kDepth>(p, map);
+    multiply_tile<tile_of(kRows), kDepth>(p, map);
   }
 }
 

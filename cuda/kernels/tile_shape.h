@@ -33,4 +33,8 @@ inline constexpr TileShape kTile64{.rows = 64, .warps_down = 2, .blocks_per_mult
 inline constexpr TileShape kTile128{.rows = 128, .warps_down = 2, .blocks_per_multiprocessor = 2};
 inline constexpr TileShape kTile256{.rows = 256, .warps_down = 4, .blocks_per_multiprocessor = 1};
 
+constexpr TileShape tile_of(int rows) {
+  return rows == kTile256.rows ? kTile256 : rows == kTile128.rows ? kTile128 : kTile64;
+}
+
 }  // namespace qlora::cuda

@@ -125,7 +125,7 @@ Status launch_product(const Product& p, const LoraTerm* lora, const Context& con
   const auto run = [&]<class T>() {
     return with_shape(shape, [&]<TileShape kShape>() {
       const auto arguments = arguments_of<T>(p, lora, kShape);
-      return launch(linear_tiles_kernel<T, kShape, kDepth>,
+      return launch(linear_tiles_kernel<T, kShape.rows, kDepth>,
                     {.grid = arguments.tiles_down * tiles_across(p),
                      .block = kLinearThreads,
                      .dynamic_shared = static_cast<std::size_t>(kShape.shared_bytes()),
