@@ -212,23 +212,59 @@ GemmGrid gemm_grid(std::int64_t m, std::int64_t n, std::int64_t depth, int threa
   return grid;
 }
 
-// out[M, N] = bias + sum of segments. Nothing is written where memory is short.
+// One product, planned: what it needs is known before anything is written. The default: none.
 template <class V>
-Status gemm(std::int64_t m, std::int64_t n, const Segment* segments, int n_segments,
-            const GemmOutput& output, const Context& context) {
-  if (m == 0 || n == 0) return {};
-  std::int64_t depth = 0;
-  for (int s = 0; s < n_segments; ++s) depth += segments[s].depth;
-  const GemmGrid grid = gemm_grid<V>(m, n, depth, context.threads);
-  const Workspace workspace(static_cast<std::size_t>(grid.size() * GemmRun<V>::kScratchFloats) *
-                            sizeof(float));
+class GemmPlan {
+ public:
+  static constexpr int kMaxSegments = 2;
+
+  GemmPlan() = default;
+
+  template <int kSegments>
+  GemmPlan(std::int64_t m, std::int64_t n, const Segment (&segments)[kSegments],
+           const GemmOutput& output, const Context& context)
+      : m_(m), n_(n), n_segments_(kSegments), output_(output) {
+    static_assert(kSegments <= kMaxSegments);
+    std::int64_t depth = 0;
+    for (int s = 0; s < kSegments; ++s) {
+      segments_[s] = segments[s];
+      depth += segments[s].depth;
+    }
+    grid_ = gemm_grid<V>(m, n, depth, context.threads);
+  }
+
+  [[nodiscard]] std::int64_t scratch_floats() const {
+    return m_ == 0 || n_ == 0 ? 0 : grid_.size() * GemmRun<V>::kScratchFloats;
+  }
+
+  void run(float* scratch, const Context& context) const {
+    if (m_ == 0 || n_ == 0) return;
+    parallel_parts(context, grid_.size(), [&](std::int64_t part) {
+      GemmRun<V> run(segments_, n_segments_, output_, scratch + part * GemmRun<V>::kScratchFloats);
+      run.run(Range{0, m_}.part(part % grid_.row_parts, grid_.row_parts, Gemm<V>::kRows),
+              Range{0, n_}.part(part / grid_.row_parts, grid_.col_parts, Gemm<V>::kPanelCols));
+    });
+  }
+
+ private:
+  std::int64_t m_ = 0, n_ = 0;
+  Segment segments_[kMaxSegments] = {};
+  int n_segments_ = 0;
+  GemmOutput output_ = {};
+  GemmGrid grid_;
+};
+
+// One product after the other, in the same scratch. Nothing is written where memory is short.
+template <class V, int kPlans>
+Status run_products(const GemmPlan<V> (&plans)[kPlans], const Context& context) {
+  std::int64_t floats = 0;
+  for (const auto& plan : plans) {
+    if (plan.scratch_floats() > floats) floats = plan.scratch_floats();
+  }
+  const Workspace workspace(static_cast<std::size_t>(floats) * sizeof(float));
   auto* scratch = workspace.as<float>();
   if (scratch == nullptr) return kOutOfMemory;
-  parallel_parts(context, grid.size(), [&](std::int64_t part) {
-    GemmRun<V> run(segments, n_segments, output, scratch + part * GemmRun<V>::kScratchFloats);
-    run.run(Range{0, m}.part(part % grid.row_parts, grid.row_parts, Gemm<V>::kRows),
-            Range{0, n}.part(part / grid.row_parts, grid.col_parts, Gemm<V>::kPanelCols));
-  });
+  for (const auto& plan : plans) plan.run(scratch, context);
   return {};
 }
 

@@ -50,17 +50,17 @@ Segment base_backward(const Weight4bit& weight, DType dtype, const void* grad_ou
 template <class V>
 Status linear_4bit(const LinearParams& p, const Context& context) {
   if (p.m <= kGemvMaxRows<V>) return gemv<V>(p, GemvLora{}, context);
-  const Segment base = base_forward<V>(p.weight, p.dtype, p.x);
+  const Segment base[] = {base_forward<V>(p.weight, p.dtype, p.x)};
   const GemmOutput out = {
       .dtype = p.dtype, .data = p.out, .row_stride = p.weight.rows, .bias = p.bias};
-  return gemm<V>(p.m, p.weight.rows, &base, 1, out, context);
+  return run_products<V>({GemmPlan<V>(p.m, p.weight.rows, base, out, context)}, context);
 }
 
 template <class V>
 Status linear_4bit_backward_input(const LinearBackwardInputParams& p, const Context& context) {
-  const Segment base = base_backward<V>(p.weight, p.dtype, p.grad_out);
+  const Segment base[] = {base_backward<V>(p.weight, p.dtype, p.grad_out)};
   const GemmOutput grad_x = {.dtype = p.dtype, .data = p.grad_x, .row_stride = p.weight.cols};
-  return gemm<V>(p.m, p.weight.cols, &base, 1, grad_x, context);
+  return run_products<V>({GemmPlan<V>(p.m, p.weight.cols, base, grad_x, context)}, context);
 }
 
 }  // namespace qlora::cpu

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("test_cpu_quantize", "test_cpu_linear", "test_cpu_optimizers")
+TESTS = ("test_cpu_quantize", "test_cpu_linear", "test_cpu_optimizers", "test_cpu_out_of_memory")
 
 
 def run(*command: str | Path, timeout: int = 600, **environment: str) -> str:
