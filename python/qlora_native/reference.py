@@ -295,6 +295,43 @@ def adamw(
     return p - hyper.lr / correction1 * m / denominator, m, v
 
 
+def lion(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor]:
+    """One Lion step (Chen et al., 2023, algorithm 2), float64: new param and exp_avg."""
+    p, g, m = (t.to(torch.float64) for t in (param, grad, exp_avg))
+    direction = (beta1 * m + (1.0 - beta1) * g).sign()
+    return p - lr * (direction + weight_decay * p), beta2 * m + (1.0 - beta2) * g
+
+
+def sgd(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step of torch.optim.SGD, float64: new param and buffer (None in the first step)."""
+    p = param.to(torch.float64)
+    g = grad.to(torch.float64) + weight_decay * p
+    if momentum_buffer is None:
+        m = g
+    else:
+        m = momentum * momentum_buffer.to(torch.float64) + (1.0 - dampening) * g
+    return p - lr * (g + momentum * m if nesterov else m), m
+
+
 @dataclass
 class State8bit:
     """Blockwise 8-bit optimizer state: codes uint8 [n], absmax fp32 [ceil(n/256)] per moment."""

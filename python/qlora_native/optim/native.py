@@ -1,12 +1,13 @@
-"""AdamW and AdamW8bit: torch optimizers whose whole step is one native call.
+"""What the optimizers share: checks, the step as one native call, the state's way in and out.
 
-Both follow torch.optim.AdamW's formula and order of operations (decoupled weight decay, bias
-correction) in fp32 arithmetic, whatever dtype the parameters have. AdamW keeps two fp32 moments,
-8 bytes a value; AdamW8bit keeps them in 8 bits with one scale for 256 values (Dettmers et al.,
-"8-bit Optimizers via Block-wise Quantization", 2022), 2.03 bytes a value, and small tensors in 32.
+8-bit state has one scale for 256 values (Dettmers et al., "8-bit Optimizers via Block-wise
+Quantization", 2022); small tensors keep 32 bits. A parameter moves by its moments as they are
+before they are encoded, to the nearest code of their dynamic map, by their block's largest
+magnitude.
 
-A gradient that is not finite spoils its own value under AdamW, as in torch; AdamW8bit leaves that
-value and its moments as they were, for in a block's scale it would spoil 255 others too.
+A gradient that is not finite spoils its own value under 32-bit state, as in torch; 8-bit state
+leaves that value and its moments as they were, for in a block's scale it would spoil 255 others
+too.
 """
 
 from __future__ import annotations
@@ -21,31 +22,34 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from qlora_native import ops
-
 BLOCKSIZE = 256  # values that share a scale in 8-bit state
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_ABSMAX = ("exp_avg_absmax", "exp_avg_sq_absmax")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _refuse(**switches: bool) -> None:
+def refuse(**switches: bool) -> None:
     for name, value in switches.items():
         if value:
             raise ValueError(f"{name} must be False, which is all there is here, got {value}")
 
 
-def _check_settings(group: dict[str, Any]) -> None:
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one value, got shape {lr.shape}")
-    for name in ("lr", "eps", "weight_decay"):
+def check_not_negative(group: dict[str, Any], *names: str) -> None:
+    for name in names:
         if not 0.0 <= float(group[name]) < float("inf"):
             raise ValueError(f"{name} must be finite and not negative, got {group[name]}")
+
+
+def check_betas(group: dict[str, Any]) -> None:
     betas = tuple(group["betas"])
     if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+
+
+def _check_shared_settings(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one value, got shape {lr.shape}")
+    check_not_negative(group, "lr", "weight_decay")
     if group.get("min_8bit_size", 0) < 0:
         raise ValueError(f"min_8bit_size must not be negative, got {group['min_8bit_size']}")
 
@@ -63,15 +67,42 @@ def _check_param(param: Tensor, name: str) -> None:
         )
 
 
-class _NativeAdamW(Optimizer):
-    """What both optimizers share: the checks, the step and the state's way in and out."""
+class NativeOptimizer(Optimizer):
+    """An optimizer whose step is an op; a rule names its state, its ops and their arguments.
+
+    State is 8-bit in groups that have min_8bit_size, for parameters of at least that many values.
+    """
+
+    moments: ClassVar[tuple[str, ...]]  # keys of the state, in the ops' order
+    counters: ClassVar[tuple[str, ...]] = ()  # keys of the state that are integers
+    step_op: ClassVar[Callable[..., None]]
+    step_8bit_op: ClassVar[Callable[..., None]]
 
     # GradScaler.step then sets self.grad_scale and self.found_inf and leaves unscaling to us.
     _step_supports_amp_scaling: ClassVar[bool] = True
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        _check_settings(defaults)
+        self._check_settings(defaults)
         super().__init__(params, defaults)
+
+    @staticmethod
+    def _check_rule(group: dict[str, Any]) -> None:
+        """Raise ValueError where a setting of this rule is out of its range."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _progress(state: dict[str, Any], is_new: bool) -> int:
+        """What tensors must share to be stepped in one call."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _arguments(group: dict[str, Any], progress: int) -> dict[str, Any]:
+        """The op's hyperparameters, but for lr, weight_decay, maximize and grad_scale."""
+        raise NotImplementedError
+
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        _check_shared_settings(group)
+        self._check_rule(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -89,7 +120,7 @@ class _NativeAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_settings(group)
+            self._check_settings(group)
             for i, param in enumerate(group["params"]):
                 _check_param(param, f"params[{i}]")
         except (TypeError, ValueError):
@@ -121,8 +152,9 @@ class _NativeAdamW(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None) -> None:
-        # Tensors that share a step count and a kind of state go in one call.
+        # Tensors that share their progress and a kind of state go in one call.
         batches: dict[tuple[int, bool, torch.device], list[Tensor]] = defaultdict(list)
+        states: dict[Tensor, dict[str, Any]] = {}
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -131,31 +163,32 @@ class _NativeAdamW(Optimizer):
                     f"{type(self).__name__} needs dense gradients, got one with layout "
                     f"{param.grad.layout} for a parameter of shape {tuple(param.shape)}"
                 )
-            state = self.state[param]
-            if not state:
-                state.update(self._new_state(param, group))
-            batches[state["step"] + 1, "exp_avg_absmax" in state, param.device].append(param)
+            state = self.state.get(param)
+            is_new = not state
+            states[param] = state = state or self._new_state(param, group)
+            is_8bit = f"{self.moments[0]}_absmax" in state
+            batches[self._progress(state, is_new), is_8bit, param.device].append(param)
 
-        beta1, beta2 = group["betas"]
-        for (step, is_8bit, _), params in batches.items():
-            states = [self.state[param] for param in params]
-            keys = (*_MOMENTS, *_ABSMAX) if is_8bit else _MOMENTS
-            adamw = ops.adamw_8bit_step if is_8bit else ops.adamw_step
-            adamw(
+        cls = type(self)
+        for (progress, is_8bit, _), params in batches.items():
+            keys = (*self.moments, *self._absmax()) if is_8bit else self.moments
+            op = cls.step_8bit_op if is_8bit else cls.step_op
+            op(
                 params,
                 [cast(Tensor, param.grad) for param in params],
-                *([state[key] for state in states] for key in keys),
+                *([states[param][key] for param in params] for key in keys),
                 lr=float(group["lr"]),
-                beta1=float(beta1),
-                beta2=float(beta2),
-                eps=float(group["eps"]),
                 weight_decay=float(group["weight_decay"]),
-                step=step,
                 maximize=group["maximize"],
                 grad_scale=grad_scale,
+                **self._arguments(group, progress),
             )
-            for state in states:
-                state["step"] = step
+            for param in params:
+                states[param].update(dict.fromkeys(self.counters, progress))
+                self.state[param] = states[param]
+
+    def _absmax(self) -> tuple[str, ...]:
+        return tuple(f"{moment}_absmax" for moment in self.moments)
 
     def _new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         # Under an absmax of 0 every code stands for 0, so that 8-bit state starts from zeros too.
@@ -164,21 +197,21 @@ class _NativeAdamW(Optimizer):
             key: torch.zeros(shape, dtype=dtype, device=param.device)
             for key, (shape, dtype) in layout.items()
         }
-        return {"step": 0, **zeros}
+        return {**dict.fromkeys(self.counters, 0), **zeros}
 
     def _state_layout(
         self, param: Tensor, group: dict[str, Any]
     ) -> dict[str, tuple[Sequence[int], torch.dtype]]:
         if not self._has_8bit_state(param, group):
-            return dict.fromkeys(_MOMENTS, (param.shape, torch.float32))
+            return dict.fromkeys(self.moments, (param.shape, torch.float32))
         n_blocks = -(-param.numel() // BLOCKSIZE)
         return {
-            **dict.fromkeys(_MOMENTS, (param.shape, torch.uint8)),
-            **dict.fromkeys(_ABSMAX, ((n_blocks,), torch.float32)),
+            **dict.fromkeys(self.moments, (param.shape, torch.uint8)),
+            **dict.fromkeys(self._absmax(), ((n_blocks,), torch.float32)),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of this class, or one of torch.optim.AdamW into AdamW.
+        """Load a state_dict of this class, or torch.optim's of the same name into the 32-bit one.
 
         Training goes on to the bit as it would have without the detour. Tensors are copied.
 
@@ -210,8 +243,8 @@ class _NativeAdamW(Optimizer):
 
     def _read_state(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         groups = state_dict["param_groups"]
-        for group in groups:
-            _refuse(amsgrad=group.get("amsgrad", False))
+        for group, saved in zip(self.param_groups, groups, strict=False):
+            self._check_settings({**group, **saved})
         # Where the groups' sizes differ, torch says so next.
         ids: Iterable[Any] = itertools.chain.from_iterable(g["params"] for g in groups)
         own = [
@@ -221,7 +254,7 @@ class _NativeAdamW(Optimizer):
         ]
         result: dict[Tensor, dict[str, Any]] = {}
         for i, (param, settings) in zip(ids, own, strict=False):
-            if i in state_dict["state"]:
+            if any(value is not None for value in state_dict["state"].get(i, {}).values()):
                 result[param] = self._read_param_state(
                     param, settings, state_dict["state"][i], f"state[{i!r}]"
                 )
@@ -231,12 +264,12 @@ class _NativeAdamW(Optimizer):
         self, param: Tensor, group: dict[str, Any], saved: dict[str, Any], name: str
     ) -> dict[str, Any]:
         layout = self._state_layout(param, group)
-        if {"step", *layout} != set(saved):
+        keys = [*self.counters, *layout]
+        if set(keys) != set(saved):
             raise ValueError(
-                f"{type(self).__name__}: {name} must have {', '.join(['step', *layout])}, "
-                f"got {', '.join(saved)}"
+                f"{type(self).__name__}: {name} must have {', '.join(keys)}, got {', '.join(saved)}"
             )
-        result: dict[str, Any] = {"step": int(saved["step"])}
+        result: dict[str, Any] = {key: int(saved[key]) for key in self.counters}
         for key, (shape, dtype) in layout.items():
             value: Tensor = saved[key]
             if value.shape != torch.Size(shape) or value.is_floating_point() != (
@@ -253,87 +286,3 @@ class _NativeAdamW(Optimizer):
                 memory_format=torch.contiguous_format,
             )
         return result
-
-
-class AdamW(_NativeAdamW):
-    """AdamW with 32-bit state (Loshchilov & Hutter, 2019).
-
-    Takes the arguments of torch.optim.AdamW and loads its state_dict, as torch loads ours.
-
-    Args:
-        params: dense, contiguous float32, float16 or bfloat16 parameters, or dicts of groups.
-        lr, betas, eps, weight_decay, maximize: as in torch, for each group too.
-        foreach, fused: taken and without effect; a step is always one call for all tensors.
-        amsgrad, capturable, differentiable: refused where True.
-
-    GradScaler hands its scale to the step, which divides by it; gradients are left scaled.
-
-    Raises:
-        ValueError: a setting is out of its range, or a parameter is sparse or not contiguous.
-        TypeError: a parameter has another dtype.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        _refuse(amsgrad=amsgrad, capturable=capturable, differentiable=differentiable)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "maximize": maximize,
-            },
-        )
-
-
-class AdamW8bit(_NativeAdamW):
-    """AdamW with 8-bit blockwise state; tensors of fewer than `min_8bit_size` values keep 32 bits.
-
-    The arguments of AdamW, and min_8bit_size, which bitsandbytes names and sets likewise. Each
-    moment is encoded to the nearest code of its dynamic map, by its block's largest magnitude;
-    a parameter moves by its moments as they are before that.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        min_8bit_size: int = 4096,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        _refuse(amsgrad=amsgrad, capturable=capturable, differentiable=differentiable)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "maximize": maximize,
-                "min_8bit_size": min_8bit_size,
-            },
-        )
