@@ -21,11 +21,13 @@ BUILD_TOOLS := numpy pybind11 scikit-build-core cmake ninja
 TEST := .venv-test/bin/python
 DEMO := .venv-demo/bin/python
 INSTALL := -m pip install --quiet --no-build-isolation -C cmake.define.QLORA_WERROR=$(QLORA_WERROR)
+# The demo runs on the CPU, and types need no kernels: neither waits for nvcc.
+WITHOUT_CUDA := -C cmake.define.QLORA_CUDA=OFF
 
 .PHONY: demo test test-abi test-cuda-build nightly lint clean
 
 demo: .venv-demo/ready
-	$(DEMO) $(INSTALL) '.[demo]'
+	$(DEMO) $(INSTALL) $(WITHOUT_CUDA) '.[demo]'
 	$(DEMO) -m qlora_native.demo $(DEMO_ARGS)
 
 test: .venv-test/ready
@@ -49,7 +51,7 @@ test-abi: .venv-test/ready
 	$(TEST) -m pytest -m abi $(PYTEST_ARGS)
 
 lint: .venv-test/ready
-	$(TEST) $(INSTALL) '.[dev]'
+	$(TEST) $(INSTALL) $(WITHOUT_CUDA) '.[dev]'
 	.venv-test/bin/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.c' '*.cuh' '*.cu')
 	$(TEST) -m ruff check .
 	$(TEST) -m ruff format --check .
