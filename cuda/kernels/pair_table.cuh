@@ -19,7 +19,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "device/bits.cuh"
+#include "device/bytes.cuh"
 #include "device/convert.cuh"
 #include "device/shared.cuh"
 #include "device/thread.cuh"

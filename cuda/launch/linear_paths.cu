@@ -18,15 +18,12 @@
 namespace qlora::cuda {
 namespace {
 
-// What the choice depends on. A case is the product [M, depth] x [depth, columns].
+// What the choice depends on.
 struct Case {
-  int device;
-  int architecture;  // 80, 90, …
   Direction direction;
   DType dtype;
-  std::int64_t m, n, k;
+  std::int64_t m;
   const void* activations;  // x or grad_out
-  const void* out;
   const Weight4bit* weight;
 };
 
@@ -44,11 +41,11 @@ bool few_rows_serves(const Case& c) {
 }
 
 bool tiles_serve_forward(const Case& c) {
-  return tiles_serve(c.dtype, c.k, *c.weight, c.activations);
+  return tiles_serve(c.dtype, c.weight->cols, *c.weight, c.activations);
 }
 
 bool tiles_serve_backward(const Case& c) {
-  return tiles_serve(c.dtype, c.n, *c.weight, c.activations);
+  return tiles_serve(c.dtype, c.weight->rows, *c.weight, c.activations);
 }
 
 constexpr Way<LinearParams> kForwardWays[] = {
@@ -64,14 +61,11 @@ constexpr Way<LinearBackwardInputParams> kBackwardWays[] = {
     {"plain", any_case, backward_input_plain},
 };
 
-enum class Types : std::uint8_t { any, fp32, sixteen_bit };
-
 // The first row that holds for a case, and whose way serves it, is taken.
 struct Choice {
   std::string_view way;
-  Types types = Types::any;
-  int from_architecture = 0, to_architecture = std::numeric_limits<int>::max();
-  std::int64_t from_m = 0, to_m = std::numeric_limits<std::int64_t>::max();
+  int from_architecture = 0;  // 80, 90, …
+  std::int64_t to_m = std::numeric_limits<std::int64_t>::max();
   std::string_view reason;
 };
 
@@ -106,13 +100,6 @@ constexpr Choice kBackwardChoices[] = {
     {.way = "plain", .reason = "as in the forward direction"},
 };
 
-bool holds(const Choice& choice, const Case& c) {
-  const bool is_fp32 = c.dtype == DType::float32;
-  const bool types = choice.types == Types::any || (choice.types == Types::fp32) == is_fp32;
-  return types && c.architecture >= choice.from_architecture &&
-         c.architecture <= choice.to_architecture && c.m >= choice.from_m && c.m <= choice.to_m;
-}
-
 template <class Params, std::size_t kWays>
 const Way<Params>* find(const Way<Params> (&ways)[kWays], std::string_view name) {
   for (const auto& way : ways) {
@@ -130,8 +117,7 @@ constexpr bool complete(const Way<Params> (&ways)[kWays], const Choice (&choices
     if (!found || choice.reason.empty()) return false;
   }
   const Choice& last = choices[kChoices - 1];
-  return last.types == Types::any && last.from_architecture == 0 && last.from_m == 0 &&
-         last.to_m == std::numeric_limits<std::int64_t>::max();
+  return last.from_architecture == 0 && last.to_m == std::numeric_limits<std::int64_t>::max();
 }
 static_assert(complete(kForwardWays, kForwardChoices));
 static_assert(complete(kBackwardWays, kBackwardChoices));
@@ -169,13 +155,13 @@ std::atomic<int>& last(Direction direction) {
   return direction == Direction::forward ? forward : backward_input;
 }
 
-MeasuredCase as_measured(const Case& c) {
-  return {.device = c.device,
+MeasuredCase as_measured(const Case& c, int device) {
+  return {.device = device,
           .direction = c.direction,
           .dtype = c.dtype,
           .double_quant = c.weight->scales.double_quantized(),
-          .n = c.n,
-          .k = c.k,
+          .n = c.weight->rows,
+          .k = c.weight->cols,
           .blocksize = c.weight->blocksize,
           .m = c.m};
 }
@@ -197,11 +183,14 @@ Status run(const Way<Params> (&ways)[kWays], const Choice (&choices)[kChoices], 
     return {StatusCode::unsupported,
             "the way that was forced does not serve this dtype, shape, alignment or architecture"};
   }
-  if (const int i = measured_way(as_measured(c)); i != kNotMeasured && ways[i].serves(c)) {
+  if (const int i = measured_way(as_measured(c, context.device));
+      i != kNotMeasured && ways[i].serves(c)) {
     return take(ways[i]);
   }
+  int number = 0;
+  if (const Status status = architecture(&number); !status.ok()) return status;
   for (const Choice& choice : choices) {
-    if (!holds(choice, c)) continue;
+    if (number < choice.from_architecture || c.m > choice.to_m) continue;
     const auto* way = find(ways, choice.way);
     if (way->serves(c)) return take(*way);
   }
@@ -211,33 +200,21 @@ Status run(const Way<Params> (&ways)[kWays], const Choice (&choices)[kChoices], 
 }  // namespace
 
 Status linear_by_any_way(const LinearParams& p, const LoraTerm* lora, const Context& context) {
-  Case c{.device = context.device,
-         .architecture = 0,
-         .direction = Direction::forward,
-         .dtype = p.dtype,
-         .m = p.m,
-         .n = p.weight.rows,
-         .k = p.weight.cols,
-         .activations = p.x,
-         .out = p.out,
-         .weight = &p.weight};
-  if (const Status status = architecture(&c.architecture); !status.ok()) return status;
+  const Case c{.direction = Direction::forward,
+               .dtype = p.dtype,
+               .m = p.m,
+               .activations = p.x,
+               .weight = &p.weight};
   return run(kForwardWays, kForwardChoices, forced_forward().load(), c, p, lora, context);
 }
 
 Status backward_input_by_any_way(const LinearBackwardInputParams& p, const LoraTerm* lora,
                                  const Context& context) {
-  Case c{.device = context.device,
-         .architecture = 0,
-         .direction = Direction::backward_input,
-         .dtype = p.dtype,
-         .m = p.m,
-         .n = p.weight.rows,
-         .k = p.weight.cols,
-         .activations = p.grad_out,
-         .out = p.grad_x,
-         .weight = &p.weight};
-  if (const Status status = architecture(&c.architecture); !status.ok()) return status;
+  const Case c{.direction = Direction::backward_input,
+               .dtype = p.dtype,
+               .m = p.m,
+               .activations = p.grad_out,
+               .weight = &p.weight};
   return run(kBackwardWays, kBackwardChoices, forced_backward().load(), c, p, lora, context);
 }
 
