@@ -1,4 +1,7 @@
-"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed."""
+"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed.
+
+And the directory of those that can be made again.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,16 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+CACHE_VARIABLE = "QLORA_NATIVE_CACHE"
+
+
+def default_cache_dir() -> Path:
+    """$QLORA_NATIVE_CACHE, else qlora_native in the XDG cache directory."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_native"
 
 
 def write_file(path: Path, content: bytes | str) -> None:

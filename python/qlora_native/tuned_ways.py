@@ -1,7 +1,7 @@
 """The ways of the 4-bit product that `tune` found fastest on a card: their file, and their use.
 
 A file belongs to one card's name, its architecture and this package's version, and lies in
-$QLORA_CACHE_DIR, else in qlora_native of the XDG cache directory. Where the build has CUDA and
+$QLORA_NATIVE_CACHE, else in qlora_native of the XDG cache directory. Where the build has CUDA and
 torch too, importing the package asks torch to have the file loaded as soon as CUDA starts in the
 process; nothing is read, and CUDA is not started, before. QLORA_CUDA_TUNING=0 turns that off.
 """
@@ -20,10 +20,9 @@ from typing import Any, Protocol
 import torch
 
 from qlora_native import _core
-from qlora_native.files import write_file
+from qlora_native.files import default_cache_dir, write_file
 
 DIRECTIONS = ("forward", "backward_input")
-DIRECTORY_VARIABLE = "QLORA_CACHE_DIR"
 SWITCH = "QLORA_CUDA_TUNING"
 _LAYOUT = 1  # raise it when an older file must not be read any more
 
@@ -96,14 +95,6 @@ class Measured:
     @property
     def disagrees(self) -> bool:
         return self.way is not None and self.way != self.shipped
-
-
-def cache_dir() -> Path:
-    """$QLORA_CACHE_DIR, else qlora_native in the XDG cache directory."""
-    chosen = os.environ.get(DIRECTORY_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_native"
 
 
 def enabled() -> bool:
@@ -205,7 +196,7 @@ def take_into_use(backend: Backend, device: int, source: str, rows: Sequence[Row
 
 def load(backend: Backend, device: int, card: Card) -> None:
     """What the card's file has, where there is one; a file that is no good is ignored."""
-    path = cache_dir() / file_name(card)
+    path = default_cache_dir() / file_name(card)
     rows = rows_of(read(path, card))
     if rows:
         try:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native import ops, tuned_ways
+from qlora_native.files import default_cache_dir
 from qlora_native.graph_timer import Call, graph_seconds
 from qlora_native.linear import Linear4bit
 from qlora_native.quant_state import NESTED_BLOCKSIZE
@@ -250,7 +251,7 @@ def _keep(
     kept = {m.case: m for m in measured}
     source = "measured in this process"
     if save is not False:
-        path = (tuned_ways.cache_dir() if save is True else save) / tuned_ways.file_name(card)
+        path = (default_cache_dir() if save is True else save) / tuned_ways.file_name(card)
         kept = {m.case: m for m in tuned_ways.read(path, card)} | kept
         try:
             tuned_ways.write(path, card, kept.values())

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import tiny_llama
+from qlora_native.files import default_cache_dir
 from qlora_native.loading import load, load_model
-from qlora_native.loading.cache import default_cache_dir
 
 pytest.importorskip("transformers")
 

@@ -15,6 +15,7 @@ import torch
 
 from linear_cases import Case, make_weight, rand
 from qlora_native import _core, ops, tuned_ways, tuning
+from qlora_native.files import default_cache_dir
 from qlora_native.nn import Linear4bit
 from qlora_native.tuned_ways import Card, Measured
 
@@ -27,7 +28,7 @@ CASE = Case(n=N, k=K, m=())
 
 @pytest.fixture
 def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setenv("QLORA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("QLORA_NATIVE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("QLORA_CUDA_TUNING", raising=False)
     emulation.use(True)
     yield emulation
@@ -157,7 +158,7 @@ def test_the_fastest_way_is_chosen_used_and_saved(emulated: Any) -> None:
     assert first.way == "plain" and first.shipped == "fma" and first.disagrees
     assert first.seconds == {"fma": 2e-6, "plain": 1e-6}
     assert way_taken(3) == "plain"
-    file = tuned_ways.cache_dir() / tuned_ways.file_name(CARD)
+    file = default_cache_dir() / tuned_ways.file_name(CARD)
     assert tuned_ways.read(file, CARD) == measured
     assert str(file) in tuned_ways.describe() and "(4 cases)" in tuned_ways.describe()
 
@@ -223,7 +224,7 @@ def test_a_build_without_cuda_says_so() -> None:
 
 def saved(seconds: dict[str, float]) -> Path:
     tune(Clock(seconds))
-    return tuned_ways.cache_dir() / tuned_ways.file_name(CARD)
+    return default_cache_dir() / tuned_ways.file_name(CARD)
 
 
 def test_a_later_process_loads_the_file(emulated: Any) -> None:
@@ -310,15 +311,15 @@ def test_a_crash_while_writing_leaves_the_old_file(
 
 def test_nothing_is_written_where_nothing_is_to_be_saved(emulated: Any) -> None:
     tune(Clock({"fma": 2.0, "plain": 1.0}), save=False)
-    assert way_taken(3) == "plain" and not tuned_ways.cache_dir().exists()
+    assert way_taken(3) == "plain" and not default_cache_dir().exists()
 
 
 def test_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("QLORA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("QLORA_NATIVE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuned_ways.cache_dir() == tmp_path / "qlora_native"
-    monkeypatch.setenv("QLORA_CACHE_DIR", str(tmp_path / "mine"))
-    assert tuned_ways.cache_dir() == tmp_path / "mine"
+    assert default_cache_dir() == tmp_path / "qlora_native"
+    monkeypatch.setenv("QLORA_NATIVE_CACHE", str(tmp_path / "mine"))
+    assert default_cache_dir() == tmp_path / "mine"
     names = {tuned_ways.file_name(card) for card in (CARD, replace(CARD, architecture=90))}
     assert len(names) == 2 and all("/" not in name and " " not in name for name in names)
 
@@ -385,7 +386,7 @@ def test_what_goes_wrong_does_not_keep_cuda_from_starting(
     def no_home() -> Path:
         raise RuntimeError("no home")
 
-    monkeypatch.setattr(tuned_ways, "cache_dir", no_home)
+    monkeypatch.setattr(tuned_ways, "default_cache_dir", no_home)
     with pytest.warns(UserWarning, match="loads no tuned table of ways: no home"):
         tuned_ways.load_for_all()
     assert not two_cards.choices

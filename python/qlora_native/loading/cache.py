@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from qlora_native.files import CACHE_VARIABLE
 from qlora_native.loading.errors import CheckpointError
 from qlora_native.loading.quantized_folder import fill, settings_of
 from qlora_native.loading.settings import QuantSettings
@@ -30,15 +30,6 @@ from qlora_native.loading.skeleton import Model
 _LAYOUT = 1  # raise it when an older entry must not be read any more
 _RECORD = "cache.json"
 _CHUNK = 1 << 20
-DIRECTORY_VARIABLE = "QLORA_NATIVE_CACHE"
-
-
-def default_cache_dir() -> Path:
-    """$QLORA_NATIVE_CACHE, else qlora_native in the XDG cache directory."""
-    chosen = os.environ.get(DIRECTORY_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_native"
 
 
 class QuantizedCache:
@@ -95,7 +86,7 @@ class QuantizedCache:
         except OSError as error:
             warnings.warn(
                 f"the quantized model cannot be cached in {self.directory} ({error}), so that the "
-                f"next load takes as long; name another folder by ${DIRECTORY_VARIABLE}",
+                f"next load takes as long; name another folder by ${CACHE_VARIABLE}",
                 stacklevel=2,
             )
             return

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from qlora_native.loading.cache import QuantizedCache, default_cache_dir
+from qlora_native.files import default_cache_dir
+from qlora_native.loading.cache import QuantizedCache
 from qlora_native.loading.cost import QuantizationCost
 from qlora_native.loading.errors import CheckpointError
 from qlora_native.loading.gguf_source import load_gguf, read_gguf_config
