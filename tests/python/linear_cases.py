@@ -117,3 +117,29 @@ def assert_as_exact_as_plain(
     assert rms <= torch.maximum(2.0 * plain_rms, floor), (
         f"{name}: rms error {rms:.3g}, plain path {plain_rms:.3g}"
     )
+
+
+def assert_forward(
+    y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None, message: str = ""
+) -> None:
+    """y = x W^T + bias, as exact as torch makes it of a W rounded to x's dtype."""
+    plain = x @ weight.rounded(x.dtype).T
+    exact = x.double() @ weight.exact.T
+    magnitude = x.double().abs() @ weight.exact.abs().T
+    if bias is not None:
+        plain = torch.addmm(bias, x, weight.rounded(x.dtype).T)
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    assert_as_exact_as_plain(y, plain, exact, magnitude, message)
+
+
+def assert_backward_input(
+    grad_x: Tensor, grad_out: Tensor, weight: Weight, message: str = ""
+) -> None:
+    """grad_x = grad_out W, likewise."""
+    assert_as_exact_as_plain(
+        grad_x,
+        grad_out @ weight.rounded(grad_out.dtype),
+        grad_out.double() @ weight.exact,
+        grad_out.double().abs() @ weight.exact.abs(),
+        message,
+    )
