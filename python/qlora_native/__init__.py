@@ -1,7 +1,7 @@
 """QLoRA on native kernels: 4-bit frozen weights, LoRA adapters, 8-bit optimizers.
 
-Importing this package registers the ops (`torch.ops.qlora_native.*`) with fakes and gradients.
-Everything else is imported when it is first asked for.
+Importing this package registers the ops (`torch.ops.qlora_native.*`) with fakes, gradients and
+rules for autocast and vmap. Everything else is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qlora_native import _autocast as _autocast
 from qlora_native import _fake as _fake
 from qlora_native import _inplace as _inplace
+from qlora_native import _vmap as _vmap
 from qlora_native import autograd as autograd
 from qlora_native import ops as ops
 from qlora_native._core import available_isas, codebook, cpu_isa, dynamic_map, force_isa

@@ -3,7 +3,8 @@
 They are registered with torch, so that the ops themselves differentiate, under torch.compile too.
 For eager code, linear_4bit and qlora_linear here do the same through a torch.autograd.Function, and
 go past torch's autograd where nothing is recorded: the registered way takes some 10 us of Python
-more in each call without gradient, and some 60 with one, which a small model's step feels.
+more in each call without gradient, and some 60 with one, which a small model's step feels. And
+torch.func's transforms cannot take the registered way at all.
 
 linear_4bit is linear in x, so its input gradient is differentiable again (it is linear_4bit).
 qlora_linear differentiates once: a second derivative is refused.
@@ -11,13 +12,19 @@ qlora_linear differentiates once: a second derivative is refused.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from functools import reduce
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qlora_native import _load as _load
+from qlora_native._autocast import lowered
 from qlora_native._errors import python_errors
+from qlora_native._vmap import rule_of
 
 _ops: Any = torch.ops.qlora_native
 _linear_4bit = _ops.linear_4bit.default
@@ -25,16 +32,59 @@ _linear_4bit_backward_input = _ops.linear_4bit_backward_input.default
 _qlora_linear = _ops.qlora_linear.default
 _qlora_linear_backward = _ops.qlora_linear_backward.default
 
-# What torch's own custom ops enter around a kernel.
-_below_autograd: Any = torch._C._AutoDispatchBelowAutograd
+# What stands before a kernel: autograd and autocast.
+_ABOVE_KERNELS: Any = reduce(
+    operator.or_,
+    (
+        torch._C.DispatchKeySet(key)
+        for name, key in torch._C.DispatchKey.__members__.items()
+        if name.startswith(("Autograd", "Autocast"))
+        and name not in ("Autograd", "AutogradFunctionality", "AutogradNestedTensor")
+    ),
+)
+_exclude: Any = torch._C._ExcludeDispatchKeyGuard
+_transforming: Any = torch._C._are_functorch_transforms_active
 
 
-def _call(op: Any, *args: Any) -> Any:
-    """op(*args), past torch's autograd where grad mode is off anyway."""
-    if torch.is_grad_enabled():
+def _straight(op: Any, *args: Any) -> Any:
+    """op(*args), straight to its kernel."""
+    with _exclude(_ABOVE_KERNELS):
         return op(*args)
-    with _below_autograd():
-        return op(*args)
+
+
+def _transformable(
+    op: Any, setup: Callable[..., None], grad: Callable[..., tuple[Tensor | None, ...]]
+) -> Any:
+    """`apply` of a torch.autograd.Function around the op that torch.func's transforms take.
+
+    Those ask for a setup_context, which makes a call 15 us slower.
+    """
+    name = op._opname
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return _straight(op, *inputs)
+
+        setup_context = staticmethod(setup)
+        backward = staticmethod(grad)
+        vmap = staticmethod(rule_of(name, lambda *inputs: apply(*inputs)))
+
+    Function.__name__ = Function.__qualname__ = name
+    apply: Any = Function.apply
+    return apply
+
+
+def _call(op: Any, transformable: Callable[..., Any], *args: Any) -> Any:
+    """op(*args) in a backward pass, differentiable where grad mode is on."""
+    if not torch.is_grad_enabled():
+        return _straight(op, *args)
+    return transformable(*args) if _transforming() else op(*args)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD sees what is called."""
+    return _transforming() or forward_ad._current_level >= 0
 
 
 # ---- linear_4bit ---------------------------------------------------------------------------------
@@ -52,7 +102,7 @@ def _linear_4bit_grad(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = _call(
-            _linear_4bit_backward_input,
+            _linear_4bit_backward_input, _transformable_linear_4bit_backward_input,
             grad_out, *ctx.saved_tensors, ctx.in_features, ctx.blocksize, ctx.format,
         )  # fmt: skip
     if ctx.needs_input_grad[8]:
@@ -70,22 +120,26 @@ def _backward_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _backward_input_grad(ctx: Any, grad_grad_x: Tensor) -> tuple[Tensor | None, ...]:
     grad_grad_out = _call(
-        _linear_4bit,
+        _linear_4bit, _transformable_linear_4bit,
         grad_grad_x, *ctx.saved_tensors, ctx.out_features, ctx.blocksize, ctx.format, None,
     )  # fmt: skip
     return grad_grad_out, None, None, None, None, None, None, None
 
 
+_transformable_linear_4bit = _transformable(_linear_4bit, _linear_4bit_setup, _linear_4bit_grad)
+_transformable_linear_4bit_backward_input = _transformable(
+    _linear_4bit_backward_input, _backward_input_setup, _backward_input_grad
+)
+
+
 class _Linear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        out: Tensor = _call(_linear_4bit, *inputs)
+        out: Tensor = _straight(_linear_4bit, *inputs)
         _linear_4bit_setup(ctx, inputs, out)
         return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _linear_4bit_grad(ctx, *grads)
+    backward = staticmethod(_linear_4bit_grad)
 
 
 _apply_linear_4bit: Any = _Linear4bit.apply
@@ -103,16 +157,22 @@ def linear_4bit(
     format: str = "nf4",
     bias: Tensor | None = None,
 ) -> Tensor:
-    """ops.linear_4bit, with less overhead in eager code. Differentiable in x and bias."""
+    """ops.linear_4bit, with less overhead in eager code. Differentiable in x and bias.
+
+    Under autocast x is cast as nn.Linear's is; bias is cast to x's dtype.
+    """
+    x = lowered(x)
+    bias = None if bias is None else bias.to(x.dtype)
     args = (
         x, packed, absmax, nested_absmax, nested_offset, out_features, blocksize, format, bias,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return cast(Tensor, _linear_4bit(*args))
+    if _is_transformed():
+        return cast(Tensor, _transformable_linear_4bit(*args))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return cast(Tensor, _apply_linear_4bit(*args))
-    with _below_autograd():
-        return cast(Tensor, _linear_4bit(*args))
+    return cast(Tensor, _straight(_linear_4bit, *args))
 
 
 # ---- qlora_linear --------------------------------------------------------------------------------
@@ -149,7 +209,7 @@ def _qlora_linear_grad(
     needs = ctx.needs_input_grad
     needs_x, needs_bias, needs_a, needs_b = needs[0], needs[7], needs[8], needs[9]
     grad_x, grad_a, grad_b, grad_bias = _call(
-        _qlora_linear_backward,
+        _qlora_linear_backward, _transformable_qlora_linear_backward,
         grad_out, x, u, packed, absmax, nested_absmax, nested_offset, ctx.blocksize, ctx.format,
         lora_a, lora_b, ctx.lora_scale, ctx.dropout_p, dropout_seed,
         needs_x, needs_a, needs_b, needs_bias,
@@ -175,16 +235,20 @@ def _refuse_grad(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
     )
 
 
+_transformable_qlora_linear = _transformable(_qlora_linear, _qlora_linear_setup, _qlora_linear_grad)
+_transformable_qlora_linear_backward = _transformable(
+    _qlora_linear_backward, _refuse_setup, _refuse_grad
+)
+
+
 class _QloraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        out, u = _call(_qlora_linear, *inputs)
+        out, u = _straight(_qlora_linear, *inputs)
         _qlora_linear_setup(ctx, inputs, (out, u))
         return cast(Tensor, out)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _qlora_linear_grad(ctx, *grads)
+    backward = staticmethod(_qlora_linear_grad)
 
 
 _apply_qlora_linear: Any = _QloraLinear.apply
@@ -208,23 +272,27 @@ def qlora_linear(
 ) -> Tensor:
     """The first output of ops.qlora_linear, with less overhead in eager code.
 
-    Differentiable, once, in x, bias, lora_a and lora_b.
+    Differentiable, once, in x, bias, lora_a and lora_b. Under autocast x is cast as nn.Linear's is;
+    bias is cast to x's dtype.
     """
+    x = lowered(x)
+    bias = None if bias is None else bias.to(x.dtype)
     args = (
         x, packed, absmax, nested_absmax, nested_offset, blocksize, format, bias,
         lora_a, lora_b, lora_scale, dropout_p, dropout_seed,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return cast(Tensor, _qlora_linear(*args)[0])
+    if _is_transformed():
+        return cast(Tensor, _transformable_qlora_linear(*args)[0])
     if torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_a.requires_grad
+        lora_a.requires_grad
+        or x.requires_grad
         or lora_b.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
         return cast(Tensor, _apply_qlora_linear(*args))
-    with _below_autograd():
-        return cast(Tensor, _qlora_linear(*args)[0])
+    return cast(Tensor, _straight(_qlora_linear, *args)[0])
 
 
 # ---- registration --------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
         _matrix_shape(state)[0],
         state.blocksize,
         state.format,
-        None if bias is None else bias.to(x.dtype),
+        bias,
     )
 
 
@@ -213,7 +213,7 @@ def qlora_linear(
         state.nested_offset,
         state.blocksize,
         state.format,
-        None if bias is None else bias.to(x.dtype),
+        bias,
         lora_a,
         lora_b,
         scale,

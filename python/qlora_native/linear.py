@@ -186,7 +186,7 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's under it."""
-        x = self._input(x)
+        self._require_loaded(x)
         return autograd.linear_4bit(
             x,
             self.weight,
@@ -196,7 +196,7 @@ class Linear4bit(nn.Module):
             self.out_features,
             self.blocksize,
             self.format,
-            self._bias_like(x),
+            self.bias,
         )
 
     def extra_repr(self) -> str:
@@ -206,23 +206,12 @@ class Linear4bit(nn.Module):
             f"double_quant={self.double_quant}"
         )
 
-    # ---- what forward does to its input ----
-
-    def _input(self, x: Tensor) -> Tensor:
-        if x.is_meta:
-            return x
-        if self.weight.is_meta:
+    def _require_loaded(self, x: Tensor) -> None:
+        if self.weight.is_meta and not x.is_meta:
             raise RuntimeError(
                 f"the weight of {type(self).__name__}({self.extra_repr()}) is on the meta device: "
                 "load it first, by load_state_dict(…, assign=True) or to_empty + load_state_dict"
             )
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.is_floating_point():
-            return x.to(torch.get_autocast_dtype(device))
-        return x
-
-    def _bias_like(self, x: Tensor) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(x.dtype)
 
     # ---- how the quantized parts travel ----
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_native import autograd
+from qlora_native._autocast import lowered
 from qlora_native.functional import linear_4bit, quantize_4bit
 from qlora_native.linear import Linear4bit
 from qlora_native.quant_state import QuantState
@@ -152,12 +153,12 @@ class QLoRALinear(Linear4bit):
         """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's under it."""
         if not self.adapter_enabled:
             return super().forward(x)
-        x = self._input(x)
+        self._require_loaded(x)
         if self.merged_packed is not None:
             return self._forward_merged(x)
         if self.lora_magnitude is not None:
             return self._forward_dora(x, self.lora_magnitude)
-        return self._lora(x, self._bias_like(x), self.dropout if self.training else 0.0)
+        return self._lora(x, self.bias, self.dropout if self.training else 0.0)
 
     def _lora(self, x: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
         seed = None
@@ -182,6 +183,7 @@ class QLoRALinear(Linear4bit):
     # ---- DoRA ----
 
     def _forward_dora(self, x: Tensor, magnitude: Tensor) -> Tensor:
+        x = lowered(x)
         gain = (magnitude / self._merged_row_norm().to(magnitude.dtype)).to(x.dtype)
         if self.training and self.dropout > 0.0:
             # As PEFT has it: the base sees x whole, what the magnitude changes of it dropped.
@@ -189,8 +191,7 @@ class QLoRALinear(Linear4bit):
             base_of_dropped = linear_4bit(dropped, self.weight, self.quant_state)
             return super().forward(x) + gain * self._lora(dropped, None, 0.0) - base_of_dropped
         y = gain * self._lora(x, None, 0.0)
-        bias = self._bias_like(x)
-        return y if bias is None else y + bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
     def _merged_row_norm(self) -> Tensor:
