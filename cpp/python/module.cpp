@@ -1,4 +1,5 @@
-// qlora_native._core: what Python asks of the build and of the processor. No tensor crosses here.
+// qlora_native._core: what Python asks of the build, of the processor and for paged memory. No
+// tensor crosses here.
 //
 // Importing it loads libqlora_native, which registers the ops with torch; torch must be there
 // first.
@@ -13,6 +14,7 @@
 
 #include "../cpu/isa.h"
 #include "linear_choices.h"
+#include "paged_buffer.h"
 #include "qlora_native/dynamic_map.h"
 #include "qlora_native/format.h"
 #include "qlora_native/runtime.h"
@@ -114,7 +116,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Build information, instruction sets and codebooks of qlora_native.";
+  m.doc() = "Build information, instruction sets, codebooks and paged memory of qlora_native.";
   m.def("build_info", &build_info, "How this build was made and what it can use here.");
   m.def("num_threads", &qlora::num_threads, "Threads an op may use: torch.get_num_threads().");
   m.def("cpu_isa", &qlora::cpu::isa_name, "The instruction set in use.");
@@ -134,4 +136,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("codebook", &codebook, py::arg("format"), "The 16 values of 'nf4' or 'fp4', by code.");
   m.def("dynamic_map", &dynamic_map, py::arg("signed"),
         "The 256 values of the 8-bit map, by code.");
+  qlora::python::define_paged_buffer(m);
 }

@@ -1,4 +1,4 @@
-"""Build information, instruction sets and codebooks of qlora_native (cpp/python/module.cpp)."""
+"""What the native library tells and lends, without a tensor (cpp/python/module.cpp)."""
 
 from typing import Any
 
@@ -43,3 +43,58 @@ def codebook(format: str) -> list[float]:
 
 def dynamic_map(signed: bool) -> list[float]:
     """The 256 values of the dynamic 8-bit map, by code."""
+
+def pagers() -> list[str]:
+    """The names of the pagers in this build: "file", and with CUDA "managed" and "staged"."""
+
+def why_no_pager(name: str, device: int = 0) -> str | None:
+    """What that pager lacks here to work for this device, or None. ValueError: no such pager."""
+
+class PagedBytes:
+    """Bytes of a PagedBuffer; torch.from_dlpack makes a uint8 tensor of them that keeps it."""
+
+    @property
+    def address(self) -> int: ...
+    def __dlpack__(self, stream: object = None, **kwargs: object) -> object: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+class PagedBuffer:
+    """Zeros that may be elsewhere; what each call does is told in qlora_native/paging.h.
+
+    Args:
+        pager: one of pagers().
+        bytes: more than 0; all of it is reserved here.
+        device: whose memory the state leaves ("managed", "staged").
+        directory: on a disk ("file"); None: what TMPDIR names, or /var/tmp.
+        window_bytes: device memory for what is present at once ("staged").
+
+    Ranges begin at multiples of 256 bytes. `stream` is a cudaStream_t.
+
+    Raises:
+        OSError: the directory cannot be written, its disk is full, it maps no files.
+        MemoryError: there is not enough memory for it.
+        ValueError: an argument is out of its range.
+        RuntimeError: the device or the disk failed.
+    """
+
+    def __init__(
+        self,
+        pager: str,
+        bytes: int,
+        *,
+        device: int = 0,
+        directory: str | None = None,
+        window_bytes: int = 0,
+    ) -> None: ...
+    @property
+    def pager(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    def host_view(self) -> PagedBytes: ...
+    def prefetch(self, begin: int, bytes: int, stream: int = 0) -> None: ...
+    def acquire(self, begin: int, bytes: int, stream: int = 0) -> PagedBytes: ...
+    def release(self, begin: int, bytes: int, stream: int = 0, modified: bool = True) -> None: ...
+    def evict(self, begin: int, bytes: int, stream: int = 0) -> None: ...
+    def settle(self) -> None: ...
+    def stats(self) -> dict[str, int]:
+        """bytes, resident, moved_in, moved_out (bytes) and waited_ns."""

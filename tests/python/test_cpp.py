@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import qlora_native
-from cpp_build import build, run_tests
+from cpp_build import build, run, run_tests
 
 
 @pytest.mark.slow
@@ -18,3 +18,4 @@ def test_cpu_paths(tmp_path: Path) -> None:
     build(tmp_path, "-DCMAKE_BUILD_TYPE=Debug", "-DQLORA_SANITIZE=ON")
     for ran in run_tests(tmp_path):
         assert ran == qlora_native.build_info()["isas_available"]
+    assert "0 failures" in run(tmp_path / "tests/cpp/test_paging_file")
