@@ -26,15 +26,24 @@ def _first(path: str, key: str, default: str) -> str:
     return default
 
 
+def _git(*arguments: str) -> str:
+    run = subprocess.run(
+        ["git", *arguments],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return run.stdout.strip()
+
+
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit, and -dirty where more has changed than what a report writes."""
     try:
-        run = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        changed = _git("status", "--porcelain", "-uno", "--", ".", ":!docs", ":!README.md")
+        return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return run.stdout.strip()
 
 
 def load() -> list[float]:
