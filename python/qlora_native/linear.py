@@ -180,6 +180,11 @@ class Linear4bit(nn.Module):
             self.nested_offset,
         )
 
+    @property
+    def W_q(self) -> Tensor:
+        """The packed weight, by HQQ's name for it: peft calls `dequantize` of a layer with one."""
+        return self.weight
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out_features, in_features]; by default in the dtype it was quantized from."""
         return dequantize_4bit(self.weight, self.quant_state, dtype)
