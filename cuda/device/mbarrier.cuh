@@ -13,7 +13,8 @@ namespace qlora::cuda {
 
 using Mbarrier = std::uint64_t;  // opaque
 
-// mbarrier.init: by one thread; others use it after a barrier of the block.
+// mbarrier.init: by one thread; others use it after a barrier of the block, and bulk copies after a
+// fence_async_proxy() before that.
 __device__ inline void init_mbarrier(Shared<Mbarrier> barriers, int i, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
                :
@@ -24,6 +25,15 @@ __device__ inline void init_mbarrier(Shared<Mbarrier> barriers, int i, int arriv
 // mbarrier.arrive
 __device__ inline void arrive(Shared<Mbarrier> barriers, int i) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barriers.address(i)) : "memory");
+}
+
+// mbarrier.arrive.expect_tx: so many bytes more must land (bulk_copy.cuh) before the phase ends;
+// and arrives.
+__device__ inline void arrive_expecting(Shared<Mbarrier> barriers, int i, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :
+               : "r"(barriers.address(i)), "r"(bytes)
+               : "memory");
 }
 
 // mbarrier.try_wait.parity, until it says that the phase of that parity is over.

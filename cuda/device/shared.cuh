@@ -65,4 +65,11 @@ __device__ Shared<T> dynamic_shared(int byte_offset, [[maybe_unused]] int n) {
   return Shared<T>(reinterpret_cast<T*>(bytes + byte_offset));
 }
 
+// The same, of dynamic memory that begins at a multiple of 1024 bytes (wgmma.cuh).
+template <class T>
+__device__ Shared<T> swizzled_shared(int byte_offset, [[maybe_unused]] int n) {
+  extern __shared__ __align__(1024) unsigned char aligned_bytes[];
+  return Shared<T>(reinterpret_cast<T*>(aligned_bytes + byte_offset));
+}
+
 }  // namespace qlora::cuda

@@ -4,11 +4,6 @@
 #include <cstring>
 
 namespace emulation {
-namespace {
-
-constexpr int kPoison = 0xFF;  // NaN in every floating-point type
-
-}  // namespace
 
 void AsyncCopies::start(const SharedBytes& to, const void* source,
                         const std::source_location& where) {

@@ -14,6 +14,8 @@
 
 namespace emulation {
 
+inline constexpr int kPoison = 0xFF;  // a byte of it: NaN in every floating-point type
+
 class AsyncCopies {
  public:
   static constexpr int kMostBytes = 16;

@@ -160,9 +160,9 @@ void GlobalMemory::fence() {
   for (const Published& what : thread.tickets.observed) acquire(what, thread.now());
   thread.tickets.observed.clear();
   auto publication =
-      std::make_shared<Publication>(Publication{machine.block_number(), thread.clock, {}});
+      std::make_shared<Publication>(Publication{machine.block_number(), thread.knows.own, {}});
   for (const Acquired& acquired : acquired_) {
-    if (thread.clock.knows(acquired.moment)) publication->of_others.push_back(acquired.what);
+    if (thread.knows.own.knows(acquired.moment)) publication->of_others.push_back(acquired.what);
   }
   thread.tickets.fenced = std::move(publication);
   machine.tick(thread);

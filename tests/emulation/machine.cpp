@@ -8,6 +8,7 @@
 #include "counters.h"
 #include "mbarriers.h"
 #include "readers.h"
+#include "warpgroups.h"
 
 namespace emulation {
 namespace {
@@ -95,6 +96,7 @@ void Machine::begin_block() {
   ++block_number_;
   readers().forget(true);
   mbarriers().forget();
+  warpgroups().begin_block(launch_.block);
   global_memory().begin_block();
   const std::uint32_t before = latest_;
   alive_ = launch_.block;
@@ -107,10 +109,11 @@ void Machine::begin_block() {
     slot->index = i;
     slot->done = false;
     slot->time = before;
-    slot->clock.settle(before);
+    slot->knows.settle(before);
     tick(*slot);
     slot->waits_at = nullptr;
     slot->copies = {};
+    slot->products = {};
     slot->tickets = {};
     slot->fibre.start(&Machine::thread_main, slot.get());
     ++warps_[static_cast<std::size_t>(i / kWarpSize)].lanes;
@@ -203,15 +206,15 @@ void Machine::sync_block(const std::source_location& where) {
 void Machine::release_block() {
   at_barrier_ = 0;
   // All that a thread did so far is known to all, and what any of them knows of agents.
-  Clock joint;
-  for (int i = 0; i < launch_.block; ++i) joint.learn(threads_[static_cast<std::size_t>(i)]->clock);
-  joint.settle(latest_);
+  Knowledge joint;
+  for (int i = 0; i < launch_.block; ++i) joint.learn(threads_[static_cast<std::size_t>(i)]->knows);
+  joint.own.settle(latest_);
   const std::uint32_t before = latest_;
   for (int i = 0; i < launch_.block; ++i) {
     Thread& thread = *threads_[static_cast<std::size_t>(i)];
     if (thread.done) continue;
-    thread.clock.settle(before);
-    thread.clock.learn(joint);
+    thread.knows.own.settle(before);
+    thread.knows.learn(joint);
     thread.time = before;
     tick(thread);
   }
@@ -221,17 +224,22 @@ void Machine::release_block() {
 
 void Machine::tick(Thread& thread) {
   ++thread.time;
-  thread.clock.learn(thread.now());
+  thread.knows.own.learn(thread.now());
   latest_ = std::max(latest_, thread.time);
 }
 
-void Machine::release(Clock& to) {
-  to.learn(thread().clock);
+void Machine::release(Knowledge& to) {
+  to.learn(thread().knows);
   tick(thread());
 }
 
-void Machine::acquire(const Clock& from) {
-  thread().clock.learn(from);
+void Machine::acquire(const Knowledge& from) {
+  thread().knows.learn(from);
+  tick(thread());
+}
+
+void Machine::learn(const Moment& of_agent) {
+  thread().knows.learn(of_agent);
   tick(thread());
 }
 
@@ -277,10 +285,10 @@ void Machine::release_warp(std::size_t index) {
   }
   w.arrived = 0;
   if (w.ordered) {
-    Clock joint;
-    for (std::size_t i = first; i < last; ++i) joint.learn(threads_[i]->clock);
+    Knowledge joint;
+    for (std::size_t i = first; i < last; ++i) joint.learn(threads_[i]->knows);
     for (std::size_t i = first; i < last; ++i) {
-      threads_[i]->clock.learn(joint);
+      threads_[i]->knows.learn(joint);
       tick(*threads_[i]);
     }
   }

@@ -20,6 +20,7 @@
 #include "fault.h"
 #include "fibre.h"
 #include "global_memory.h"
+#include "products.h"
 
 namespace emulation {
 
@@ -36,7 +37,7 @@ struct Thread {
   int index = 0;  // in its block
   bool done = false;
   std::uint32_t time = 0;
-  Clock clock;                     // knows this thread's own time, too
+  Knowledge knows;                 // this thread's own time, too
   const char* waits_at = nullptr;  // for messages: where it waited last
   FaultKind if_forever = FaultKind::barrier;
   std::source_location where;
@@ -46,6 +47,7 @@ struct Thread {
   std::uint64_t received = 0;
   void* operands = nullptr;  // of an instruction of the whole warp
   AsyncCopies copies;
+  AsyncProducts products;
   Tickets tickets;
 
   [[nodiscard]] Moment now() const { return {index, time}; }
@@ -96,6 +98,9 @@ class Machine {
 
   // ---- asked by the running thread ----
   [[nodiscard]] Thread& thread() { return *current_; }
+  [[nodiscard]] const Thread& thread_at(int index) const {
+    return *threads_[static_cast<std::size_t>(index)];
+  }
   [[nodiscard]] Warp& warp() {
     return warps_[static_cast<std::size_t>(thread().index / kWarpSize)];
   }
@@ -104,8 +109,9 @@ class Machine {
   // Of the blocks that ever ran: memory written under another number was not written by this one.
   [[nodiscard]] std::uint32_t block_number() const { return block_number_; }
   // The running thread hands what it knows on, or learns: what orders memory, clock.h.
-  void release(Clock& to);
-  void acquire(const Clock& from);
+  void release(Knowledge& to);
+  void acquire(const Knowledge& from);
+  void learn(const Moment& of_agent);
   void tick(Thread& thread);  // and so its time goes on
   // It waits in that queue (`what`, in messages) until another thread wakes all who do.
   void wait_in(std::vector<Thread*>& queue, const char* what, const std::source_location& where);

@@ -3,12 +3,19 @@
 #include <memory>
 #include <string>
 
+#include "agents.h"
 #include "fault.h"
 #include "machine.h"
 #include "readers.h"
 
 namespace emulation {
 namespace {
+
+// The other actor, as a message has it.
+std::string name_of(int actor) {
+  if (actor < kMaxBlockThreads) return "thread " + std::to_string(actor);
+  return is_tensor_core(actor) ? "wgmma" : "a bulk copy";
+}
 
 // One access, noted in cell after cell. Neighbours mostly have the same past, and then get the same
 // future.
@@ -30,8 +37,7 @@ class Access {
       before = cell;
       if (cell.block != block_) cell = {.block = block_};
       if (cell.in_flight) {
-        refuse(FaultKind::in_flight,
-               "awaits an asynchronous copy of thread " + std::to_string(cell.writer));
+        refuse(FaultKind::in_flight, "awaits an asynchronous copy, by " + name_of(cell.writer));
       }
       note(cell);
       after = &cell;
@@ -43,12 +49,11 @@ class Access {
   }
   void must_know_writer(const Cell& cell) const {
     if (cell.write_time == 0 || actor_.clock.knows({cell.writer, cell.write_time})) return;
-    refuse(FaultKind::race,
-           "was written by thread " + std::to_string(cell.writer) + " with no barrier since");
+    refuse(FaultKind::race, "was written by " + name_of(cell.writer) + lacking());
   }
   void must_know_readers(const Cell& cell) const {
     if (readers().all_known(cell.readers, actor_)) return;
-    refuse(FaultKind::race, "was read by another thread with no barrier since");
+    refuse(FaultKind::race, "was read by another actor" + lacking());
   }
   void read(Cell& cell) const { cell.readers = readers().add(cell.readers, actor_); }
   void write(Cell& cell, bool atomic, bool in_flight) const {
@@ -65,6 +70,11 @@ class Access {
     const int cells_of_element = range_.cell_count / range_.elements;
     fault(kind, where_,
           "element " + std::to_string(range_.index + at_ / cells_of_element) + " " + what);
+  }
+
+  [[nodiscard]] std::string lacking() const {
+    return actor_.now.actor < kMaxBlockThreads ? " with no barrier since"
+                                               : " with no barrier and fence of proxies since";
   }
 
   const SharedBytes& range_;
@@ -88,7 +98,7 @@ void note_plain_write(const SharedBytes& range, const Actor& actor, const Where&
 
 Actor running_thread() {
   const Thread& thread = Machine::instance().thread();
-  return {thread.now(), thread.clock};
+  return {thread.now(), thread.knows.own};
 }
 
 void note_read(const SharedBytes& range, const Actor& actor, const Where& where) {

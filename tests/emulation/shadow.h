@@ -34,7 +34,7 @@ struct SharedBytes {
   int elements;  // for messages
 };
 
-// Who touches memory, and what it knows.
+// Who touches memory, and what it knows. An agent knows what was fenced by those who started it.
 struct Actor {
   Moment now;
   const Clock& clock;
@@ -54,7 +54,7 @@ void note_arrival(const SharedBytes& range, const Moment& moment);
 // The block's dynamic shared memory, a cell for each byte.
 struct DynamicMemory {
   static constexpr std::size_t kBytes = 227 * 1024;
-  alignas(128) unsigned char bytes[kBytes];
+  alignas(1024) unsigned char bytes[kBytes];
   Cell cells[kBytes];
 };
 DynamicMemory& dynamic_memory();

@@ -190,7 +190,8 @@ void test_warp_barriers() {
 
 // Thread 0 hands over to 32, which is in another warp, which hands over to 64.
 template <bool kSecondAcquires>
-__global__ void relay_kernel(Global<int> out, emulation::Clock* first, emulation::Clock* second) {
+__global__ void relay_kernel(Global<int> out, emulation::Knowledge* first,
+                             emulation::Knowledge* second) {
   __shared__ SharedArray<int, 1> value;
   const int t = thread_index();
   if (t == 0) {
@@ -210,7 +211,7 @@ __global__ void relay_kernel(Global<int> out, emulation::Clock* first, emulation
 
 // Who read must hand over before another writes: all three, not the last of them alone.
 template <int kHandOver>
-__global__ void readers_kernel(Global<int> out, emulation::Clock* empty) {
+__global__ void readers_kernel(Global<int> out, emulation::Knowledge* empty) {
   __shared__ SharedArray<int, 1> value;
   const int t = thread_index();
   if (t == 0) value.store(0, 1);
@@ -228,7 +229,7 @@ __global__ void readers_kernel(Global<int> out, emulation::Clock* empty) {
 void test_clocks() {
   std::vector<int> out(4);
   const Global<int> global(out.data(), 4);
-  emulation::Clock a, b;
+  emulation::Knowledge a, b;
   const Status relayed = launch(relay_kernel<true>, {.grid = 1, .block = 96}, global, &a, &b);
   expect(relayed.ok() && out[0] == 42, "a clock handed on twice orders memory", relayed.message);
   a = b = {};

@@ -18,8 +18,11 @@ EMULATOR = [
     "counters.cpp",
     "global_memory.cpp",
     "mbarriers.cpp",
+    "products.cpp",
     "readers.cpp",
     "shadow.cpp",
+    "warpgroups.cpp",
+    "wgmma_operand.cpp",
     "fibre_x86_64.S",
 ]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas"]

@@ -24,6 +24,14 @@ inline void arrive(Shared<Mbarrier> barriers, int i, const Where& where = Where:
   emulation::mbarriers().arrive(at.bytes, where);
 }
 
+inline void arrive_expecting(Shared<Mbarrier> barriers, int i, int bytes,
+                             const Where& where = Where::current()) {
+  const auto at = barriers.bytes_of<Mbarrier>(i, where);
+  emulation::note_read(at, emulation::running_thread(), where);
+  emulation::mbarriers().expect(at.bytes, bytes, where);
+  emulation::mbarriers().arrive(at.bytes, where);
+}
+
 inline void wait_phase(Shared<Mbarrier> barriers, int i, int parity,
                        const Where& where = Where::current()) {
   const auto at = barriers.bytes_of<Mbarrier>(i, where);

@@ -45,14 +45,29 @@ class Shared {
   // The V at element i, which is about to be read or written.
   template <class V>
   [[nodiscard]] emulation::SharedBytes bytes_of(int i, const Where& where) const {
+    return range_of<V>(i, 1, where);
+  }
+  // And so many of them.
+  template <class V>
+  [[nodiscard]] emulation::SharedBytes range_of(int i, int count, const Where& where) const {
     constexpr int kElements = static_cast<int>(sizeof(V) / sizeof(T));
-    check<V>(i, where);
+    for (int v = 0; v < count; ++v) check<V>(i + v * kElements, where);
     return {reinterpret_cast<unsigned char*>(data_ + i),
-            static_cast<int>(sizeof(V)),
+            static_cast<int>(sizeof(V)) * count,
             cells_ + i * stride_,
-            kElements * stride_,
+            kElements * count * stride_,
             i,
-            kElements};
+            kElements * count};
+  }
+
+  // Of element i, in dynamic shared memory (a static array has no place of its own here).
+  [[nodiscard]] std::uint32_t dynamic_address(int i, const Where& where) const {
+    const emulation::DynamicMemory& memory = emulation::dynamic_memory();
+    const auto* element = reinterpret_cast<const unsigned char*>(data_ + i);
+    if (element < memory.bytes || element >= memory.bytes + emulation::DynamicMemory::kBytes) {
+      emulation::fault(emulation::FaultKind::out_of_bounds, where, "not in dynamic shared memory");
+    }
+    return static_cast<std::uint32_t>(element - memory.bytes);
   }
 
  private:
@@ -127,6 +142,11 @@ Shared<T> dynamic_shared(int byte_offset, int n, const Where& where = Where::cur
   emulation::DynamicMemory& memory = emulation::dynamic_memory();
   return Shared<T>(reinterpret_cast<T*>(memory.bytes + offset), memory.cells + offset,
                    static_cast<int>(sizeof(T)), n, offset);
+}
+
+template <class T>
+Shared<T> swizzled_shared(int byte_offset, int n, const Where& where = Where::current()) {
+  return dynamic_shared<T>(byte_offset, n, where);
 }
 
 }  // namespace qlora::cuda
