@@ -40,7 +40,13 @@ def _training(where: str, p: Problem, tier: Tier, compiled: bool = False) -> Ite
         "input gradient", where, p.dtype, contenders.input_gradient(p), p.m,
         read=_weight_bytes(p) + y_bytes, write=x_bytes, flops=flops, tier=tier,
     )  # fmt: skip
-    yield Case(
+    yield _lora_step(where, p, tier, compiled)
+
+
+def _lora_step(where: str, p: Problem, tier: Tier, compiled: bool = False) -> Case:
+    size, flops = p.dtype.itemsize, 2 * p.m * p.n * p.k
+    x_bytes, y_bytes = p.m * p.k * size, p.m * p.n * size
+    return Case(
         f"LoRA r={contenders.RANK} forward + backward", where, p.dtype,
         contenders.lora(p, compiled), p.m,
         read=2 * _weight_bytes(p) + 2 * (x_bytes + y_bytes), write=x_bytes + y_bytes,
@@ -70,6 +76,12 @@ def _square(dtype: torch.dtype) -> Iterator[Case]:
             yield from _training(where, problem, trained, compiled)
 
 
+def _smallest() -> Iterator[Case]:
+    """What a call costs on the host: at 64 × 64 there is next to nothing to compute."""
+    for m in (1, 16):
+        yield _lora_step("64 × 64", Problem(64, 64, m, torch.float32), _REPORT)
+
+
 def _models(dtype: torch.dtype) -> Iterator[Case]:
     """The linears of models: one row, as in generation, and a batch, as in training."""
     for model, batch in ((SMOLLM2_135M, 1024), (LLAMA3_8B, 512), (QWEN25_7B, 512)):
@@ -94,6 +106,8 @@ def cases(quick: bool) -> Iterator[Case]:
         else:
             yield from _square(dtype)
             yield from _models(dtype)
+    if not quick:
+        yield from _smallest()
 
 
 if __name__ == "__main__":
