@@ -25,6 +25,9 @@ void implement_all(Library& m) {
   m.impl("qlora_linear", TORCH_BOX(&qlora_linear));
   m.impl("qlora_linear_backward", TORCH_BOX(&qlora_linear_backward));
 
+  m.impl("grouped_linear_4bit", TORCH_BOX(&grouped_linear_4bit));
+  m.impl("grouped_linear_4bit_backward_input", TORCH_BOX(&grouped_linear_4bit_backward_input));
+
   m.impl("adamw_step", TORCH_BOX(&adamw_step));
   m.impl("adamw_8bit_step", TORCH_BOX(&adamw_8bit_step));
   m.impl("lion_step", TORCH_BOX(&lion_step));

@@ -57,6 +57,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qlora_linear_backward(
     Tensor lora_b, double lora_scale, double dropout_p, OptionalTensor dropout_seed,
     bool need_grad_x, bool need_grad_a, bool need_grad_b, bool need_grad_bias);
 
+// ---- linear by groups of rows: ops_grouped.cpp ----
+Tensor grouped_linear_4bit(Tensor x, Tensor offsets, Tensor packed, Tensor absmax,
+                           OptionalTensor nested_absmax, OptionalTensor nested_offset,
+                           std::int64_t out_features, std::int64_t blocksize, std::string format);
+Tensor grouped_linear_4bit_backward_input(Tensor grad_out, Tensor offsets, Tensor packed,
+                                          Tensor absmax, OptionalTensor nested_absmax,
+                                          OptionalTensor nested_offset, std::int64_t in_features,
+                                          std::int64_t blocksize, std::string format);
+
 // ---- optimizer: ops_optim.cpp ----
 void adamw_step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, double lr,
                 double beta1, double beta2, double eps, double weight_decay, std::int64_t step,

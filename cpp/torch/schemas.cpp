@@ -60,6 +60,17 @@ STABLE_TORCH_LIBRARY(qlora_native, m) {
       "bool need_grad_x, bool need_grad_a, bool need_grad_b, bool need_grad_bias) -> "
       "(Tensor grad_x, Tensor grad_a, Tensor grad_b, Tensor grad_bias)");
 
+  // ---- linear by groups of rows: group g of offsets [n_groups] is rows offsets[g-1] to offsets[g]
+  // of x, multiplied with matrix g of a stack [n_groups, N, K] ----
+  m.def(
+      "grouped_linear_4bit(Tensor x, Tensor offsets, Tensor packed, Tensor absmax, "
+      "Tensor? nested_absmax, Tensor? nested_offset, int out_features, int blocksize, str format) "
+      "-> Tensor");
+  m.def(
+      "grouped_linear_4bit_backward_input(Tensor grad_out, Tensor offsets, Tensor packed, "
+      "Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, int in_features, "
+      "int blocksize, str format) -> Tensor");
+
   // ---- optimizer: many tensors in one call, state updated in place ----
   m.def(
       "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, "

@@ -2,6 +2,7 @@
 // on.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -36,6 +37,12 @@ inline Tensor make_contiguous(const Tensor& t) {
 
 inline OptionalTensor make_contiguous(const OptionalTensor& t) {
   return t.has_value() ? OptionalTensor(make_contiguous(*t)) : OptionalTensor();
+}
+
+// `t` in the host's memory, contiguous; waits for a device that still computes it.
+inline Tensor on_host(const Tensor& t) {
+  return make_contiguous(
+      ::torch::stable::to(t, ::torch::stable::Device(::torch::headeronly::DeviceType::CPU)));
 }
 
 }  // namespace qlora::torch_ops

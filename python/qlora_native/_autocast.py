@@ -16,8 +16,9 @@ from torch import Tensor
 from qlora_native import _load as _load
 
 DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
-# op -> what is cast, by position: x and bias
+# op -> what is cast, by position: x, and bias where there is one
 CAST: dict[str, tuple[int, ...]] = {
+    "grouped_linear_4bit": (0,),
     "linear_4bit": (0, 8),
     "qlora_linear": (0, 7),
 }

@@ -155,6 +155,36 @@ def _qlora_linear_backward(
     )
 
 
+@_fake("grouped_linear_4bit")
+def _grouped_linear_4bit(
+    x: Tensor,
+    offsets: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    out_features: int,
+    blocksize: int,
+    format: str,
+) -> Tensor:
+    return _with_last(x, out_features)
+
+
+@_fake("grouped_linear_4bit_backward_input")
+def _grouped_linear_4bit_backward_input(
+    grad_out: Tensor,
+    offsets: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    in_features: int,
+    blocksize: int,
+    format: str,
+) -> Tensor:
+    return _with_last(grad_out, in_features)
+
+
 # These write into their arguments and return nothing.
 for _op in (
     "quantize_4bit.out",

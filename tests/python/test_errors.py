@@ -28,6 +28,19 @@ def linear_out(out: torch.Tensor, x: torch.Tensor = X) -> None:
     ops.linear_4bit_out(x, *W.tensors, out)
 
 
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BLOCKS_OF_256 = make_weight(24, 40, blocksize=256)
+
+
+def grouped(x: torch.Tensor | None = None, offsets: torch.Tensor | None = None) -> torch.Tensor:
+    x = torch.randn(3, 40) if x is None else x
+    offsets = int32(1, 1, 3) if offsets is None else offsets
+    return ops.grouped_linear_4bit(x, offsets, *W.tensors, 8)
+
+
 def qlora(
     x: torch.Tensor = X,
     bias: torch.Tensor | None = None,
@@ -317,6 +330,54 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "linear_4bit_backward_input: packed must hold ceil(out_features*in_features/2)=400 "
         "values, got shape [480]",
+    ),
+    # ---- grouped_linear_4bit: three matrices of [8, 40] ----
+    "offsets of another dtype": (
+        lambda: grouped(offsets=torch.tensor([1, 2, 3])),
+        TypeError,
+        "grouped_linear_4bit: offsets must have dtype int32, got int64",
+    ),
+    "offsets that decrease": (
+        lambda: grouped(offsets=int32(2, 1, 3)),
+        ValueError,
+        "grouped_linear_4bit: offsets must never decrease from 0, got [2, 1, 3]",
+    ),
+    "offsets that leave rows": (
+        lambda: grouped(offsets=int32(1, 1, 2)),
+        ValueError,
+        "grouped_linear_4bit: offsets must end at the number of rows, 3, got [1, 1, 2]",
+    ),
+    "offsets of two dimensions": (
+        lambda: grouped(offsets=int32(3, 3, 3).view(1, 3)),
+        ValueError,
+        "grouped_linear_4bit: offsets must have shape [n_groups], got [1, 3]",
+    ),
+    "offsets of another number of matrices": (
+        lambda: grouped(offsets=int32(1, 3)),
+        ValueError,
+        "grouped_linear_4bit: packed must hold ceil(out_features*in_features/2)=320 values, got "
+        "shape [480]",
+    ),
+    "grouped x of three dimensions": (
+        lambda: grouped(x=torch.randn(1, 3, 40)),
+        ValueError,
+        "grouped_linear_4bit: x must have two dimensions, got [1, 3, 40]",
+    ),
+    "matrices that begin within a block": (
+        lambda: ops.grouped_linear_4bit(
+            torch.randn(3, 40), int32(1, 2, 3), *BLOCKS_OF_256.tensors, 8, 256
+        ),
+        ValueError,
+        "grouped_linear_4bit: blocksize must divide out_features * in_features, so that each "
+        "matrix begins with a block, got 256",
+    ),
+    "grouped grad_out too narrow": (
+        lambda: ops.grouped_linear_4bit_backward_input(
+            torch.randn(3, 7), int32(1, 2, 3), *W.tensors, 40
+        ),
+        ValueError,
+        "grouped_linear_4bit_backward_input: packed must hold "
+        "ceil(out_features*in_features/2)=420 values, got shape [480]",
     ),
     # ---- qlora_linear ----
     "lora_a flat": (

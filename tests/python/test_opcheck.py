@@ -32,6 +32,8 @@ def quantized_8bit() -> tuple[torch.Tensor, torch.Tensor]:
 
 W = make_weight(24, 40)
 PLAIN = make_weight(24, 40, double_quant=False)
+STACK = make_weight(3 * 8, 40)  # three matrices of [8, 40]
+OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
 SEED = torch.tensor([1234])
 
 
@@ -104,6 +106,13 @@ CASES: dict[str, Callable[[], list[Case]]] = {
             randn(3, 24), randn(3, 40), randn(3, 4), *W.tensors, 64, "nf4", *lora(grad=False), 0.5,
             0.0, None, False, True, False, False,
         ),
+    ],
+    "grouped_linear_4bit.default": lambda: [
+        case(randn(5, 40, grad=True), OFFSETS, *STACK.tensors, 8, 64, "nf4"),
+        case(randn(5, 40), OFFSETS, *PLAIN.tensors, 8, 64, "nf4"),
+    ],
+    "grouped_linear_4bit_backward_input.default": lambda: [
+        case(randn(5, 8, grad=True), OFFSETS, *STACK.tensors, 40, 64, "nf4"),
     ],
     "adamw_step.default": lambda: [
         case(

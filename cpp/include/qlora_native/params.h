@@ -47,6 +47,26 @@ struct Weight4bit {
   Scales scales;
 };
 
+// Whether every `rows` rows of a weight begin a block, and a nested one where scales have those.
+[[nodiscard]] constexpr bool begins_blocks(const Weight4bit& w, std::int64_t rows) {
+  const std::int64_t unit = w.blocksize * (w.scales.double_quantized() ? kNestedBlocksize : 1);
+  return rows * w.cols % unit == 0;
+}
+
+// The weight that `rows` rows from `begin` on are, in place; begins_blocks(w, begin) must hold.
+[[nodiscard]] constexpr Weight4bit rows_of(Weight4bit w, std::int64_t begin, std::int64_t rows) {
+  const std::int64_t first_block = begin * w.cols / w.blocksize;
+  w.rows = rows;
+  w.packed += packed_bytes(begin * w.cols);
+  if (w.scales.double_quantized()) {
+    w.scales.absmax_q8 += first_block;
+    w.scales.nested_absmax += first_block / kNestedBlocksize;
+  } else {
+    w.scales.absmax += first_block;
+  }
+  return w;
+}
+
 struct Dequantize4bitParams {
   Weight4bit weight;
   DType dtype;  // of out

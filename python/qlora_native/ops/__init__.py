@@ -22,6 +22,7 @@ without kernels, and RuntimeError where the kernel itself fails. The sources are
 
 from __future__ import annotations
 
+from qlora_native.ops.grouped import grouped_linear_4bit, grouped_linear_4bit_backward_input
 from qlora_native.ops.linear import (
     linear_4bit,
     linear_4bit_backward_input,
@@ -58,6 +59,8 @@ __all__ = [
     "dequantize_8bit",
     "dequantize_8bit_out",
     "dequantize_scales",
+    "grouped_linear_4bit",
+    "grouped_linear_4bit_backward_input",
     "linear_4bit",
     "linear_4bit_backward_input",
     "linear_4bit_out",
