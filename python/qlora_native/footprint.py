@@ -70,7 +70,7 @@ def footprint(model: nn.Module) -> Footprint:
         if not isinstance(module, Linear4bit):
             continue
         if codes := fresh(module.weight):
-            n_quantized += module.in_features * module.out_features
+            n_quantized += module.shape.numel()
             quantized_bytes += codes + sum(map(fresh, module.quant_state.tensors().values()))
         if isinstance(module, QLoRALinear) and module.merged:
             merged_bytes += fresh(module.merged_packed)

@@ -86,7 +86,7 @@ class Linear4bit(nn.Module):
 
         A linear on the meta device gives a layer on the meta device.
         """
-        packed, state = _quantize(
+        packed, state = cls._quantize(
             linear.weight.detach(), format, blocksize, double_quant, scale_rounding, name
         )
         layer = cls.from_tensors(packed, state)
@@ -114,7 +114,7 @@ class Linear4bit(nn.Module):
         return layer
 
     def _init_parts(self, packed: Tensor, state: QuantState) -> None:
-        self.out_features, self.in_features = state.shape
+        *_, self.out_features, self.in_features = state.shape
         self.scale_rounding = "nearest"
         # Whether the module this one replaced stored its weight [in, out] (GPT-2's Conv1D).
         self.fan_in_fan_out = False
@@ -146,13 +146,10 @@ class Linear4bit(nn.Module):
     @torch.no_grad()
     def quantize_weight(self, weight: Tensor, name: str = "weight") -> None:
         """Replace the weight by this float one [out_features, in_features], quantized."""
-        if weight.shape != (self.out_features, self.in_features):
-            raise ValueError(
-                f"{name} must have shape [{self.out_features}, {self.in_features}], "
-                f"got {list(weight.shape)}"
-            )
+        if weight.shape != self.shape:
+            raise ValueError(f"{name} must have shape {list(self.shape)}, got {list(weight.shape)}")
         self._set_quantized(
-            *_quantize(
+            *self._quantize(
                 weight.detach(),
                 self.format,
                 self.blocksize,
@@ -161,6 +158,11 @@ class Linear4bit(nn.Module):
                 name,
             )
         )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return torch.Size((self.out_features, self.in_features))
 
     @property
     def double_quant(self) -> bool:
@@ -172,7 +174,7 @@ class Linear4bit(nn.Module):
         """Scales and layout of the weight; the tensors are the module's own."""
         return QuantState(
             self.absmax,
-            torch.Size((self.out_features, self.in_features)),
+            self.shape,
             self.weight_dtype,
             self.blocksize,
             self.format,
@@ -218,6 +220,24 @@ class Linear4bit(nn.Module):
                 "load it first, by load_state_dict(…, assign=True) or to_empty + load_state_dict"
             )
 
+    @staticmethod
+    def _quantize(
+        weight: Tensor,
+        format: str,
+        blocksize: int,
+        double_quant: bool,
+        scale_rounding: str,
+        name: str,
+    ) -> tuple[Tensor, QuantState]:
+        """Packed codes and state of a float weight; on the meta device, their outline."""
+        if weight.dtype not in WEIGHT_DTYPES:
+            raise TypeError(f"{name} must have dtype one of {WEIGHT_DTYPES}, got {weight.dtype}")
+        if weight.is_meta:
+            return _empty_quantized(weight.shape, format, blocksize, double_quant, weight.dtype)
+        return quantize_4bit(
+            weight, blocksize, format, double_quant, scale_rounding=scale_rounding, name=name
+        )
+
     # ---- how the quantized parts travel ----
 
     def _set_quantized(self, packed: Tensor, state: QuantState) -> None:
@@ -245,9 +265,13 @@ class Linear4bit(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        destination[prefix + "weight"] = self.weight
+        name = self._saved_name(prefix)
+        destination[name] = self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(self.quant_state.to_bnb_dict(prefix + "weight."))
+        destination.update(self.quant_state.to_bnb_dict(f"{name}."))
+
+    def _saved_name(self, prefix: str) -> str:
+        return f"{prefix}weight"
 
     def _load_from_state_dict(
         self,
@@ -271,9 +295,11 @@ class Linear4bit(nn.Module):
             return
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         try:
-            if len(parts) == 1 and parts[key].is_floating_point() and parts[key].dim() == 2:
-                device = parts[key].device if assign else self.weight.device
-                self.quantize_weight(parts[key].to(device), name=key)
+            weight = parts[key]
+            same_rank = weight.dim() == len(self.shape)
+            if len(parts) == 1 and weight.is_floating_point() and same_rank:
+                device = weight.device if assign else self.weight.device
+                self.quantize_weight(weight.to(device), name=key)
             else:
                 self._load_quantized(parts, prefix, assign)
         except (KeyError, ValueError, TypeError) as error:
@@ -282,9 +308,9 @@ class Linear4bit(nn.Module):
     def _load_quantized(self, parts: Mapping[str, Tensor], prefix: str, assign: bool) -> None:
         key = prefix + "weight"
         state = QuantState.from_bnb_dict(parts, key + ".")
-        if state.shape != (self.out_features, self.in_features):
+        if state.shape != self.shape:
             raise ValueError(
-                f"{key} must be of shape [{self.out_features}, {self.in_features}], "
+                f"{key} must be of shape {list(self.shape)}, "
                 f"its quant_state says {list(state.shape)}"
             )
         packed = state.check_packed(parts[key], name=key)
@@ -296,18 +322,6 @@ class Linear4bit(nn.Module):
                 )
             packed, state = packed.to(device, copy=True), state.to(device, copy=True)
         self._set_quantized(packed, state)
-
-
-def _quantize(
-    weight: Tensor, format: str, blocksize: int, double_quant: bool, scale_rounding: str, name: str
-) -> tuple[Tensor, QuantState]:
-    if weight.dtype not in WEIGHT_DTYPES:
-        raise TypeError(f"{name} must have dtype one of {WEIGHT_DTYPES}, got {weight.dtype}")
-    if weight.is_meta:
-        return _empty_quantized(weight.shape, format, blocksize, double_quant, weight.dtype)
-    return quantize_4bit(
-        weight, blocksize, format, double_quant, scale_rounding=scale_rounding, name=name
-    )
 
 
 def _empty_quantized(

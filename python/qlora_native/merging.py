@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_native import files
+from qlora_native.experts import stored_shape, stored_stack
 from qlora_native.functional import dequantize_4bit
 from qlora_native.linear import Linear4bit
 from qlora_native.loading.checkpoint_index import INDEX_FILE, SINGLE_FILE
@@ -26,7 +27,7 @@ from qlora_native.loading.quantized_folder import may_be_replaced, save_quantize
 from qlora_native.loading.safetensors_io import shards, write_safetensors
 from qlora_native.lora import QLoRALinear
 from qlora_native.merge_cost import MergeReport, WeightCost, divergence, log_probabilities
-from qlora_native.model import lora_layers, quantized_layers
+from qlora_native.model import lora_layers, quantized_experts, quantized_layers
 from qlora_native.module_tree import places, replace
 from qlora_native.requantize import SeededGenerators
 
@@ -162,10 +163,17 @@ class _MergedTensors:
         self.cost = cost
         self.layers = dict(quantized_layers(model))
         self.others: dict[str, Tensor] = {}
-        quantized = tuple(f"{name}." for name in self.layers)
+        self.stacks = {
+            f"{name}.{stack}": layer
+            for name, experts in quantized_experts(model)
+            for stack, layer in experts.stacks()
+        }
+        packed = tuple(f"{name}." for name in (*self.layers, *self.stacks))
         seen: set[int] = set()
         for name, tensor in model.state_dict().items():
-            if name.startswith(quantized) or (tensor.numel() and tensor.data_ptr() in seen):
+            if name in self.stacks or name.startswith(packed):
+                continue
+            if tensor.numel() and tensor.data_ptr() in seen:
                 continue  # tied weights are written once; loading ties them again
             seen.add(tensor.data_ptr())
             self.others[name] = tensor
@@ -179,12 +187,16 @@ class _MergedTensors:
             outline[f"{name}.weight"] = torch.empty(shape, dtype=self.dtype, device="meta")
             if layer.bias is not None:
                 outline[f"{name}.bias"] = self._cast(layer.bias.detach().to("meta"))
+        for name, stack in self.stacks.items():
+            outline[name] = torch.empty(stored_shape(stack), dtype=self.dtype, device="meta")
         return outline
 
     def value(self, name: str) -> Tensor:
         """The tensor of this name, in its stored form."""
         if name in self.others:
             return self._cast(self.others[name])
+        if name in self.stacks:
+            return stored_stack(self.stacks[name], self.dtype)
         owner, _, leaf = name.rpartition(".")
         layer = self.layers[owner]
         if leaf == "bias":

@@ -15,6 +15,13 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from qlora_native.experts import (
+    Experts4bit,
+    StackedLinear4bit,
+    is_experts,
+    stacks,
+    why_not_stacked,
+)
 from qlora_native.footprint import Footprint, footprint
 from qlora_native.input_grads import leave_inputs_alone, let_inputs_require_grad
 from qlora_native.linear import Linear4bit
@@ -42,6 +49,7 @@ __all__ = [
     "merge",
     "put_lora",
     "quantize",
+    "quantized_experts",
     "quantized_layers",
     "remove_lora",
     "to_linear",
@@ -57,13 +65,14 @@ _DEFAULT_SKIP = ("lm_head",)
 
 @dataclass
 class QuantizeReport:
-    """What `quantize` did: names of the quantized linears; name -> why not, of those it left."""
+    """What `quantize` did: names of the quantized linears and stacks of experts; name -> why not,
+    of those it left."""
 
     quantized: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.quantized)} linears quantized"]
+        lines = [f"{len(self.quantized)} weights quantized"]
         lines += [f"  left: {name}: {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
@@ -78,6 +87,8 @@ def quantize(
     scale_rounding: str = "nearest",
 ) -> QuantizeReport:
     """Turn the model's nn.Linear (and GPT-2's Conv1D) into `Linear4bit`, in place, one at a time.
+
+    The experts of a mixture, stacked parameters in transformers 5, become `Experts4bit`.
 
     Each float weight is freed before the next is quantized, so the peak is the model plus one
     quantized weight. A linear that is tied to an embedding is left, as the embedding is. On the
@@ -100,6 +111,12 @@ def quantize(
             "the model is itself a linear: use nn.Linear4bit.from_linear, or pass a model around it"
         )
     names = [name for name, _ in model.named_modules()]
+    names += [
+        f"{name}.{stack}"
+        for name, module in model.named_modules()
+        if is_experts(module)
+        for stack, _ in stacks(module)
+    ]
     for entry in skip:
         if entry not in _DEFAULT_SKIP and not any(has_parts(name, entry) for name in names):
             close = near(entry, names)
@@ -109,17 +126,31 @@ def quantize(
     if tuple(skip) == _DEFAULT_SKIP:
         skipped += output_embedding_names(model)
 
+    how: dict[str, Any] = {
+        "format": format,
+        "blocksize": blocksize,
+        "double_quant": double_quant,
+        "scale_rounding": scale_rounding,
+    }
     report = QuantizeReport()
     names_of = places(model)
     sharers = sharing(model)
     report.left = {
         name: why
         for name in names_of
-        if (why := _why_not(model, name, skipped, sharers[name])) is not None
+        if (why := _why_not(model, name, skipped, sharers[name], blocksize)) is not None
     }
     for name in names_of:
         module = model.get_submodule(name)
-        if name in report.left or not is_linear(module):
+        if name in report.left:
+            continue
+        if is_experts(module):
+            experts = Experts4bit.from_module(module, name=name, **how)
+            replace(model, names_of[name], module, experts)
+            del module
+            report.quantized += [f"{name}.{stack}" for stack, _ in experts.stacks()]
+            continue
+        if not is_linear(module):
             continue
         linear = as_linear(module)
         twins = (model.get_submodule(other) for other in sharers[name])
@@ -127,14 +158,7 @@ def quantize(
         if twin is not None:
             new = Linear4bit.from_tensors(twin.weight, twin.quant_state, linear.bias)
         else:
-            new = Linear4bit.from_linear(
-                linear,
-                format=format,
-                blocksize=blocksize,
-                double_quant=double_quant,
-                scale_rounding=scale_rounding,
-                name=f"{name}.weight",
-            )
+            new = Linear4bit.from_linear(linear, name=f"{name}.weight", **how)
         new.fan_in_fan_out = is_conv1d(module)
         new.scale_rounding = scale_rounding
         replace(model, names_of[name], module, new)
@@ -144,17 +168,31 @@ def quantize(
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Linear4bit]]:
-    """Name and module of every 4-bit linear, adapters on it or not."""
+    """Name and module of every 4-bit linear, adapters on it or not; not the experts' stacks."""
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, Linear4bit) and not isinstance(module, StackedLinear4bit):
+            yield name, module
+
+
+def quantized_experts(model: nn.Module) -> Iterator[tuple[str, Experts4bit]]:
+    """Name and module of every mixture's experts in 4 bits."""
+    for name, module in model.named_modules():
+        if isinstance(module, Experts4bit):
             yield name, module
 
 
 def _why_not(
-    model: nn.Module, name: str, skipped: Sequence[str], shared_with: Sequence[str]
+    model: nn.Module,
+    name: str,
+    skipped: Sequence[str],
+    shared_with: Sequence[str],
+    blocksize: int,
 ) -> str | None:
     """Why the module of this name, if it has a matrix, is not quantized; None if it is."""
-    why = _why_not_itself(model.get_submodule(name), name, skipped)
+    module = model.get_submodule(name)
+    if is_experts(module):
+        return _why_not_experts(module, name, skipped, blocksize)
+    why = _why_not_itself(module, name, skipped)
     if why is not None or not shared_with or not is_linear(model.get_submodule(name)):
         return why
     for other in shared_with:
@@ -165,12 +203,27 @@ def _why_not(
     return None
 
 
+def _why_not_experts(
+    experts: nn.Module, name: str, skipped: Sequence[str], blocksize: int
+) -> str | None:
+    for stack, parameter in stacks(experts):
+        for entry in skipped:
+            if has_parts(f"{name}.{stack}", entry):
+                return f"in skip, by {entry!r}"
+        if parameter.dtype not in WEIGHT_DTYPES:
+            return f"its {stack} is {parameter.dtype}, not one of {WEIGHT_DTYPES}"
+        shape = parameter.shape
+        if (why := why_not_stacked(shape, blocksize)) is not None:
+            return f"{stack}: {why}"
+    return None
+
+
 def _why_not_itself(module: nn.Module, name: str, skipped: Sequence[str]) -> str | None:
     if isinstance(module, nn.Embedding):
         return "an embedding: looked up, not multiplied"
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
         own = [n for n, p in module.named_parameters(recurse=False) if p.dim() >= 2]
-        if not own or isinstance(module, Linear4bit):
+        if not own or isinstance(module, (Linear4bit, Experts4bit)):
             return None
         return f"{', '.join(own)} of a {type(module).__name__}, which is not an nn.Linear"
     for entry in skipped:
@@ -306,7 +359,8 @@ def merge(
     Without dtype, each layer puts W + scaling * B A beside its base, quantized again (inference
     without the adapters' products, twice the 4-bit bytes); `unmerge` restores every bit. rounding
     is QLoRALinear.quantized_again's: "stochastic" keeps what was learned, "nearest" little of it.
-    With a float dtype, every 4-bit linear becomes an nn.Linear of it, for good.
+    With a float dtype, every 4-bit linear becomes an nn.Linear of it, and the experts of a mixture
+    what they were, for good.
     """
     if dtype is None:
         generators = SeededGenerators()
@@ -316,6 +370,8 @@ def merge(
     names_of = places(model)
     for name, quantized in list(quantized_layers(model)):
         replace(model, names_of[name], quantized, to_linear(quantized, dtype))
+    for name, experts in list(quantized_experts(model)):
+        replace(model, names_of[name], experts, experts.to_module(dtype))
     leave_inputs_alone(model)
 
 

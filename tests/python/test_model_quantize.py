@@ -26,7 +26,7 @@ def test_quantizes_every_linear_but_the_head():
     report = quantize(model)
     assert report.quantized == LLAMA_LINEARS == [name for name, _ in quantized_layers(model)]
     assert set(report.left) == {"model.embed_tokens", "lm_head"}
-    assert "lm_head" in str(report) and "14 linears quantized" in str(report)
+    assert "lm_head" in str(report) and "14 weights quantized" in str(report)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qlora_native.experts import Experts4bit, StackedLinear4bit, is_experts, stored_shape
 from qlora_native.linear import Linear4bit
 from qlora_native.loading.checkpoint_index import CheckpointIndex
 from qlora_native.loading.cost import QuantizationCost
@@ -21,6 +22,7 @@ from qlora_native.loading.errors import CheckpointError
 from qlora_native.loading.hf import hf
 from qlora_native.loading.settings import QuantSettings, check_stored_quantization
 from qlora_native.loading.skeleton import (
+    Fusion,
     Model,
     build_skeleton,
     is_ignorable,
@@ -93,23 +95,29 @@ class _Filling:
 
     def run(self) -> None:
         names = self._set_state_keys_apart(self.index.names())
-        renamed = names_in_model(self.model, names, self.expected)
+        renamed, fusions = names_in_model(self.model, names, self.expected)
         unexpected = []
+        found: set[str] = set()
         for name in names:
             target = renamed[name]
-            if target in self.expected:
+            if target in fusions:
+                if target not in found:
+                    found |= self._put_fused(fusions[target])
+            elif target in self.expected:
                 self._put(name, target)
             elif not is_ignorable(self.model, "unexpected", target):
                 unexpected.append(name)
-        self._finish(set(self.expected) - set(renamed.values()), unexpected)
+            found.add(target)
+        self._finish(set(self.expected) - found, unexpected)
 
     def _set_state_keys_apart(self, names: list[str]) -> list[str]:
         """Collect the keys of packed weights in `state_keys`; return the others."""
         rest = []
+        every = set(names)
         for name in names:
             suffix = next((suffix for suffix in _STATE_SUFFIXES if name.endswith(suffix)), None)
             weight = name.removesuffix(suffix) if suffix else ""
-            if suffix and weight.endswith("weight"):
+            if suffix and (weight.endswith("weight") or weight in every):
                 self.state_keys.setdefault(weight, {})[suffix] = name
             else:
                 rest.append(name)
@@ -127,25 +135,59 @@ class _Filling:
         if name in self.state_keys:
             self._put_packed(name, target)
             return
-        shape = self.index.entry(name).shape
+        self._check_shape(name, target, self.index.entry(name).shape)
+        if (layer := self._quantized_at(target)) is not None:
+            self._put_quantized(name, target, layer, self._read_for_a_moment(name))
+        else:
+            self._put_float(name, target)
+
+    def _put_fused(self, fusion: Fusion) -> set[str]:
+        """Put what several tensors of the checkpoint amount to; return its names."""
+        source = min(fusion.sources)
+        try:
+            fused = fusion.convert(self.index.read)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.index.file_of(source)}: {_listed(sorted(fusion.sources))} cannot be fused "
+                f"into {fusion.target!r}: {error}"
+            ) from error
+        names = set(fused)
+        if not names <= self.expected.keys():
+            unknown = _listed(sorted(names - self.expected.keys()))
+            raise CheckpointError(
+                f"{self.index.file_of(source)}: tensor {source!r} is part of {unknown}, of which "
+                "the config knows nothing"
+            )
+        for target in names:
+            tensor = fused.pop(target)
+            self._check_shape(source, target, tensor.shape)
+            if (layer := self._quantized_at(target)) is not None:
+                self._put_quantized(source, target, layer, tensor)
+            else:
+                put_tensor(self.model, target, tensor.to(self._dtype_of(target, tensor.dtype)))
+        return names
+
+    def _check_shape(self, name: str, target: str, shape: tuple[int, ...]) -> None:
         if shape != self.expected[target]:
             raise CheckpointError(
                 f"{self.index.file_of(name)}: tensor {name!r} has shape {list(shape)}, "
                 f"the config asks for {list(self.expected[target])}"
             )
+
+    def _quantized_at(self, target: str) -> Linear4bit | None:
+        """The 4-bit layer whose weight the tensor of this name is, if it is one's."""
         module_name, _, leaf = target.rpartition(".")
         module = self.model.get_submodule(module_name)
         if isinstance(module, Linear4bit) and leaf == "weight":
-            self._put_quantized(name, module_name, module)
-        else:
-            self._put_float(name, target)
+            return module
+        stack = module._modules.get(leaf)
+        return stack if isinstance(stack, StackedLinear4bit) else None
 
-    def _put_quantized(self, name: str, module_name: str, layer: Linear4bit) -> None:
-        weight = self._read_for_a_moment(name)
+    def _put_quantized(self, name: str, target: str, layer: Linear4bit, weight: Tensor) -> None:
         if weight.dtype not in WEIGHT_DTYPES and weight.is_floating_point():
             weight = weight.float()
         if layer.fan_in_fan_out:
-            weight = weight.T.contiguous()
+            weight = weight.mT.contiguous()
         try:
             layer.quantize_weight(weight)
         except (ValueError, TypeError) as error:
@@ -153,13 +195,19 @@ class _Filling:
                 f"{self.index.file_of(name)}: tensor {name!r} cannot be quantized: {error}"
             ) from error
         if self.cost is not None:
-            self.cost.add(module_name, weight, layer)
+            self.cost.add(target.removesuffix(".weight"), weight, layer)
 
     def _put_packed(self, name: str, target: str) -> None:
         keys = self.state_keys[name]
         parts = {f"weight{suffix}": self.index.read(key) for suffix, key in keys.items()}
-        module_name = target.rpartition(".")[0]
+        module_name, _, leaf = target.rpartition(".")
         module = self.model.get_submodule(module_name)
+        if is_experts(module):
+            module = Experts4bit.from_module(module)  # of parameters on meta, which nothing fills
+            self.model.set_submodule(module_name, module.eval())
+        if isinstance(module, Experts4bit):
+            self._put_packed_stack(name, dict(module.stacks())[leaf], parts)
+            return
         fan_in_fan_out = type(module).__name__ == "Conv1D"  # GPT-2's; packed as [out, in]
         try:
             if not (isinstance(module, nn.Linear) or fan_in_fan_out):
@@ -177,14 +225,33 @@ class _Filling:
         layer.fan_in_fan_out = fan_in_fan_out
         self.model.set_submodule(module_name, layer.eval())
 
+    def _put_packed_stack(
+        self, name: str, stack: StackedLinear4bit, parts: dict[str, Tensor]
+    ) -> None:
+        try:
+            state = QuantState.from_bnb_dict(parts)
+            if state.shape != stack.shape:
+                raise ValueError(f"its shape is {list(state.shape)}, not {list(stack.shape)}")
+            stack.take(self.index.read(name), state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.index.file_of(name)}: packed tensor {name!r} cannot be used: "
+                f"{error.args[0]}"
+            ) from error
+
     def _put_float(self, name: str, target: str) -> None:
         stored = self.index.entry(name).dtype
-        keep = not self.kept_in_float32.isdisjoint(target.split("."))
-        wanted = torch.float32 if keep else self.dtype
-        if stored == wanted or not stored.is_floating_point:
+        wanted = self._dtype_of(target, stored)
+        if stored == wanted:
             put_tensor(self.model, target, self.index.read(name))
         else:
             put_tensor(self.model, target, self._read_for_a_moment(name).to(wanted))
+
+    def _dtype_of(self, target: str, stored: torch.dtype) -> torch.dtype:
+        if not stored.is_floating_point:
+            return stored
+        keep = not self.kept_in_float32.isdisjoint(target.split("."))
+        return torch.float32 if keep else self.dtype
 
     def _read_for_a_moment(self, name: str) -> Tensor:
         """A tensor that the next call overwrites.
@@ -218,7 +285,11 @@ def _float_shapes(model: Model) -> dict[str, torch.Size]:
     """Shape of each tensor that an un-quantized checkpoint of `model` holds."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, StackedLinear4bit):
+            for key in [key for key in shapes if key.startswith(f"{name}.")]:
+                del shapes[key]
+            shapes[name] = stored_shape(module)
+        elif isinstance(module, Linear4bit):
             for key in [key for key in shapes if key.startswith(f"{name}.weight.")]:
                 del shapes[key]
             shape = (module.out_features, module.in_features)

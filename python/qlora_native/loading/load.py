@@ -109,8 +109,8 @@ def _quantize_in_place(
     if cost is not None:
         for name in done.quantized:
             layer = model.get_submodule(name)
-            weight = weights[f"{name}.weight"]
-            cost.add(name, weight.T if layer.fan_in_fan_out else weight, layer)
+            weight = weights[name if name in weights else f"{name}.weight"]
+            cost.add(name, weight.mT if layer.fan_in_fan_out else weight, layer)
 
 
 def outline(source: str | Path, dtype: torch.dtype, settings: QuantSettings) -> Model:

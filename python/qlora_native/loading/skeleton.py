@@ -7,9 +7,11 @@ constructor computes.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,30 +94,52 @@ def put_tensor(model: Model, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
+class Fusion:
+    """Tensors of a checkpoint that transformers makes others of while it loads: experts, mostly.
+
+    `sources` are their names in the checkpoint; `convert` gives the model's tensors by name.
+    """
+
+    def __init__(self, model: Model, target: str, converter: Any) -> None:
+        self.model = model
+        self.target = target
+        self.converter = converter
+        self.sources: dict[str, str] = {}  # name -> the converter's pattern that it matches
+
+    def convert(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """What the sources amount to. `read` gives the tensor of a name."""
+        for name in sorted(self.sources, key=hf("core_model_loading").dot_natural_key):
+            self.converter.add_tensor(self.target, name, self.sources[name], partial(read, name))
+        found = self.converter.convert(self.target, model=self.model, config=self.model.config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in found.items()}
+
+
 def names_in_model(
     model: Model, checkpoint_names: list[str], expected: Mapping[str, object]
-) -> dict[str, str]:
-    """Checkpoint name to model name, by the renamings that transformers has for this kind of model.
+) -> tuple[dict[str, str], dict[str, Fusion]]:
+    """How transformers names and fuses this kind of model's tensors while it loads them.
 
-    A kind whose weights transformers fuses or splits while it loads (experts, mostly) is refused:
-    their tensors are no linears that could be quantized one by one.
+    Returns:
+        checkpoint name -> model name, and model name -> what is fused into it.
     """
     core = hf("core_model_loading")
     transforms = hf("conversion_mapping").get_model_conversion_mapping(model)
     renamings = [item for item in transforms if isinstance(item, core.WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, core.WeightConverter)]
-    renamed = {}
+    by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
+    renamed: dict[str, str] = {}
+    fusions: dict[str, Fusion] = {}
     for name in checkpoint_names:
-        target, converted_by = core.rename_source_key(
+        target, pattern = core.rename_source_key(
             name, renamings, converters, model.base_model_prefix, expected
         )
-        if converted_by is not None and target not in checkpoint_names:
-            raise CheckpointError(
-                f"models of type {model.config.model_type!r} cannot be loaded: tensor {name!r} "
-                f"must be fused with others into {target!r}, which has no 4-bit form here"
-            )
         renamed[name] = target
-    return renamed
+        if pattern is not None and target not in checkpoint_names:
+            if target not in fusions:
+                converter = copy.deepcopy(by_pattern[pattern])
+                fusions[target] = Fusion(model, target, converter)
+            fusions[target].sources[name] = pattern
+    return renamed, fusions
 
 
 def kept_in_float32(model: Model, dtype: torch.dtype) -> set[str]:
