@@ -1,4 +1,5 @@
-// The host's side of a launch: the only place that starts a kernel or asks the runtime anything.
+// The host's side of a launch: the only place that starts a kernel, and what it asks the device.
+// (stream.cuh and memory.cuh have the other words of the runtime.)
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// What the emulator finds wrong with a kernel.
+// What the emulator finds wrong with a kernel, or with calls of the runtime.
 #pragma once
 
 #include <source_location>
@@ -16,6 +16,9 @@ enum class FaultKind {
   barrier,        // threads wait at different barriers, or some never come
   warp,           // lanes wait in different exchanges, or some never come
   configuration,  // a launch that no GPU would take
+  unordered,      // bytes used by the work of two streams, or the host, that no event orders
+  page_fault,     // managed memory that is not on the device, touched by a kernel
+  misuse,         // a call that no runtime would take
 };
 
 const char* name_of(FaultKind kind);

@@ -4,6 +4,7 @@
 #include <bit>
 #include <string>
 
+#include "allocations.h"
 #include "fault.h"
 #include "machine.h"
 #include "readers.h"
@@ -100,6 +101,7 @@ void GlobalMemory::must_know_readers(const Cell& cell, const std::source_locatio
 
 void GlobalMemory::read(std::uintptr_t address, int bytes, bool constant,
                         const std::source_location& where) {
+  allocations().touch(address, bytes, false);
   const std::uint32_t block = Machine::instance().block_number();
   each(address, bytes, [&](Cell& cell) {
     if (constant && cell.write_block >= first_block_) {
@@ -121,6 +123,7 @@ void GlobalMemory::read(std::uintptr_t address, int bytes, bool constant,
 }
 
 void GlobalMemory::write(std::uintptr_t address, int bytes, const std::source_location& where) {
+  allocations().touch(address, bytes, true);
   const Machine& machine = Machine::instance();
   const Moment now = running_thread().now;
   each(address, bytes, [&](Cell& cell) {
@@ -133,6 +136,7 @@ void GlobalMemory::write(std::uintptr_t address, int bytes, const std::source_lo
 }
 
 void GlobalMemory::atomic(std::uintptr_t address, int bytes, const std::source_location& where) {
+  allocations().touch(address, bytes, true);
   const Machine& machine = Machine::instance();
   const Moment now = running_thread().now;
   each(address, bytes, [&](Cell& cell) {

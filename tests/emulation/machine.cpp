@@ -50,6 +50,12 @@ const char* name_of(FaultKind kind) {
       return "divergent warp exchange";
     case FaultKind::configuration:
       return "launch configuration";
+    case FaultKind::unordered:
+      return "race between streams";
+    case FaultKind::page_fault:
+      return "page fault";
+    case FaultKind::misuse:
+      return "runtime misuse";
   }
   return "fault";
 }

@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "device/thread.cuh"
 #include "machine.h"
 #include "qlora_native/status.h"
+#include "runtime.h"
 #include "shadow.h"
 
 namespace qlora::cuda {
@@ -28,8 +30,14 @@ Status launch(void (*kernel)(Parameters...), const Launch& config, const Argumen
   if (config.grid == 0) return {};
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
-  const auto fault = machine().run({config.grid, config.block, config.dynamic_shared},
-                                   [&] { kernel(arguments...); });
+  auto& runtime = emulation::Runtime::instance();
+  auto fault = runtime.begin_kernel(config.stream);
+  if (!fault) {
+    fault = machine().run({config.grid, config.block, config.dynamic_shared},
+                          [&] { kernel(arguments...); });
+    auto unordered = runtime.end_kernel();
+    if (!fault) fault = std::move(unordered);
+  }
   if (!fault) return {};
   static thread_local std::string text;
   text = fault->text;
