@@ -45,7 +45,8 @@ if(NOT QLORA_CUDA STREQUAL "OFF")
 endif()
 
 if(qlora_has_cuda)
-  file(GLOB qlora_cuda_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/cuda/launch/*.cu")
+  file(GLOB qlora_cuda_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/cuda/launch/*.cu"
+       "${PROJECT_SOURCE_DIR}/cuda/paging/*.cu")
   add_library(qlora_cuda OBJECT ${qlora_cuda_sources})
   set_target_properties(qlora_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
                                               CUDA_VISIBILITY_PRESET hidden)

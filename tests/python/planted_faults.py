@@ -1,4 +1,4 @@
-"""Plants a fault in a CUDA kernel, runs it on the emulator, and looks for what catches it.
+"""Plants a fault in a CUDA kernel or a pager, runs it on the emulator, looks for what catches it.
 
 QLORA_TEST_FAULTS=some plants every third, for a run that is short of time.
 """
@@ -19,7 +19,7 @@ from emulated_build import EMULATION, KERNELS, compile_object, emulator_objects,
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change to a kernel, the launchers to compile again, and how it must show."""
+    """One change to a file of cuda/, the units to compile again, and how it must show."""
 
     name: str
     file: str
@@ -45,12 +45,13 @@ class Build:
     digest: str
 
 
-def build(folder: Path, runner: str, units: str = "*") -> Build:
-    """The kernels as they are, of the launchers so named, under a program that prints digests."""
+def build(folder: Path, runner: str, *units: str) -> Build:
+    """The units so named, as they are (none: all launchers), and a program that prints digests."""
     objects = {path.stem: path for path in emulator_objects(folder)}
     objects["run"] = compile_object(EMULATION / runner, folder / "run.o")
-    for unit in sorted((KERNELS / "launch").glob(f"{units}.cu")):
-        objects[unit.stem] = compile_object(unit, folder / f"{unit.stem}.o")
+    for pattern in units or ("launch/*",):
+        for unit in sorted(KERNELS.glob(f"{pattern}.cu")):
+            objects[unit.stem] = compile_object(unit, folder / f"{unit.stem}.o")
     digests = run(link([*objects.values()], folder / "run")).split()
     assert len(digests) == 3 and len(set(digests)) == 1, "three orders of threads give one result"
     return Build(objects, digests[0])
@@ -63,7 +64,7 @@ def assert_caught(mutant: Mutant, unchanged: Build, folder: Path) -> None:
     assert mutant.old in text, f"{mutant.file} has changed: plant this fault anew"
     (kernels / mutant.file).write_text(text.replace(mutant.old, mutant.new))
     changed = [
-        compile_object(kernels / "launch" / f"{unit}.cu", folder / f"{unit}.o", kernels)
+        compile_object(next(kernels.rglob(f"{unit}.cu")), folder / f"{unit}.o", kernels)
         for unit in mutant.units
     ]
     rest = [path for name, path in unchanged.objects.items() if name not in mutant.units]

@@ -174,7 +174,9 @@ MUTANTS = [
 
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    return build(tmp_path_factory.mktemp("unchanged"), "run_linear_few_rows.cpp", "linear_few_rows")
+    return build(
+        tmp_path_factory.mktemp("unchanged"), "run_linear_few_rows.cpp", "launch/linear_few_rows"
+    )
 
 
 @pytest.mark.slow

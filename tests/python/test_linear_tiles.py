@@ -235,7 +235,9 @@ MUTANTS = [
 
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    return build(tmp_path_factory.mktemp("unchanged"), "run_linear_tiles.cpp", "linear_tiles")
+    return build(
+        tmp_path_factory.mktemp("unchanged"), "run_linear_tiles.cpp", "launch/linear_tiles"
+    )
 
 
 @pytest.mark.slow

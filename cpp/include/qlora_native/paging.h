@@ -27,6 +27,8 @@ struct PagedParams {
   // "staged": device memory for ranges that are present at once, each rounded up to
   // kPagedAlignment.
   std::int64_t window_bytes = 0;
+  // "managed": may be larger than what the device has free now.
+  bool oversubscribe = false;
 };
 
 struct PagedStats {
