@@ -12,7 +12,10 @@
 #include "launch/linear_paths.h"
 #include "linear_choices.h"
 #include "machine.h"
+#include "paging/pagers.h"
+#include "qlora_native/paging.h"
 #include "qlora_native/runtime.h"
+#include "runtime.h"
 
 namespace py = pybind11;
 
@@ -71,6 +74,45 @@ void count(bool on) {
   emulation::counters().enable(on);
 }
 
+// ---- the runtime under the pagers ----
+
+emulation::Runtime& runtime() { return emulation::Runtime::instance(); }
+
+void set_schedule(const std::string& name, std::uint64_t seed) {
+  using Schedule = emulation::Streams::Schedule;
+  runtime().streams().set_schedule(name == "early"  ? Schedule::early
+                                   : name == "late" ? Schedule::late
+                                                    : Schedule::drawn,
+                                   seed);
+}
+
+void fail(const std::string& which, int n) {
+  runtime().fail(which == "copy"         ? emulation::Call::copy
+                 : which == "allocation" ? emulation::Call::allocation
+                                         : emulation::Call::any,
+                 n);
+}
+
+void define_runtime(py::module_& m) {
+  m.def("set_schedule", &set_schedule, py::arg("name"), py::arg("seed") = 0,
+        "Do copies \"early\", \"late\", or when it is \"drawn\" from the seed.");
+  m.def("fail", &fail, py::arg("which"), py::arg("n"),
+        "The n-th \"copy\", \"allocation\" or \"any\" call from now on fails; 0: none.");
+  m.def(
+      "set_device_bytes", [](std::int64_t n) { runtime().set_device_bytes(n); }, py::arg("bytes"),
+      "Of the device that pagers take memory of; 1 GiB at first.");
+  m.def(
+      "set_concurrent_managed_access",
+      [](bool has) { runtime().set_concurrent_managed_access(has); }, py::arg("has"),
+      "Whether managed memory can be paged.");
+  m.def(
+      "take_faults", [] { return runtime().take_faults(); },
+      "What was wrong with calls of the runtime since the last time, in words.");
+  m.def(
+      "alive", [] { return runtime().alive(); },
+      "Allocations, streams and events that are not freed.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_emulation, m) {
@@ -95,5 +137,8 @@ PYBIND11_MODULE(_emulation, m) {
       "only_ends", [](std::int64_t n) { emulation::Machine::instance().set_only_ends(n); },
       py::arg("blocks"), "Run only so many blocks at either end of a grid; 0: all.");
   m.def("count", &count, py::arg("on"), "Start counting from zero, or stop.");
+  define_runtime(m);
+  qlora::add_pager(qlora::cuda::managed_pager());
+  qlora::add_pager(qlora::cuda::staged_pager());
   m.def("counts", &counts, "What the launches since then moved (counters.h).");
 }
