@@ -166,7 +166,7 @@ class NativeOptimizer(Optimizer):
             state = self.state.get(param)
             is_new = not state
             states[param] = state = state or self._new_state(param, group)
-            is_8bit = f"{self.moments[0]}_absmax" in state
+            is_8bit = self._absmax()[0] in state
             batches[self._progress(state, is_new), is_8bit, param.device].append(param)
 
         cls = type(self)
