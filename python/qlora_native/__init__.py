@@ -19,6 +19,7 @@ from qlora_native._core import available_isas, codebook, cpu_isa, dynamic_map, f
 from qlora_native.tuned_ways import build_info, when_cuda_starts
 
 if TYPE_CHECKING:
+    from qlora_native import bitsandbytes as bitsandbytes
     from qlora_native import functional as functional
     from qlora_native import nn as nn
     from qlora_native import optim as optim
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qlora_native.merging import save_merged
     from qlora_native.model import add_lora, merge, quantize, unmerge
     from qlora_native.quant_state import QuantState
+    from qlora_native.standin import install_as_bitsandbytes
     from qlora_native.tuning import tune
 
 __version__ = "0.1.0"
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "QuantState": "quant_state",
     "add_lora": "model",
+    "install_as_bitsandbytes": "standin",
     "load_adapter": "adapter",
     "load_model": "loading",
     "merge": "model",
@@ -45,18 +48,20 @@ _LAZY = {
     "tune": "tuning",
     "unmerge": "model",
 }
-_LAZY_MODULES = ("functional", "nn", "optim")
+_LAZY_MODULES = ("bitsandbytes", "functional", "nn", "optim")
 
 __all__ = [
     "QuantState",
     "add_lora",
     "available_isas",
+    "bitsandbytes",
     "build_info",
     "codebook",
     "cpu_isa",
     "dynamic_map",
     "force_isa",
     "functional",
+    "install_as_bitsandbytes",
     "load_adapter",
     "load_model",
     "merge",

@@ -1,0 +1,1 @@
+"""bitsandbytes.autograd: the 4-bit matrix product and its gradient."""
