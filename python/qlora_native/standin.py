@@ -62,7 +62,7 @@ def install_as_bitsandbytes() -> ModuleType:
             forget()
     for module_name in _DECIDED:
         module = sys.modules.get(module_name)
-        if module is not None and not hasattr(module, "bnb"):
+        if module is not None and getattr(module, "bnb", None) is None:
             module.bnb = ours  # type: ignore[attr-defined]
     return ours
 

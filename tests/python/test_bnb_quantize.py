@@ -299,3 +299,15 @@ def test_replace_linear():
     ours.utils.replace_linear(model, ours.nn.LinearNF4, copy_weights=True)
     assert type(model[0]) is type(model[1]["inner"]) is ours.nn.LinearNF4
     assert type(model[1]["lm_head"]) is torch.nn.Linear and model[1]["inner"].bias is None
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_layer_compiles_without_breaks(compress):
+    layer = ours.nn.LinearNF4(64, 96, compress_statistics=compress).to("cpu")
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (3, 5):
+        x = torch.randn(rows, 64, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        compiled(x).square().sum().backward()
+        layer(y).square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
