@@ -43,6 +43,15 @@ struct PagedBytes {
   std::int64_t bytes;
   dlpack::Device device;
 
+  [[nodiscard]] PagedBytes part(std::int64_t begin, std::int64_t n) const {
+    if (begin >= 0 && n >= 0 && n <= bytes - begin) {
+      return {buffer, address + static_cast<std::uintptr_t>(begin), n, device};
+    }
+    throw py::value_error("the part must be within " + std::to_string(bytes) +
+                          " bytes, got begin " + std::to_string(begin) + ", bytes " +
+                          std::to_string(n));
+  }
+
   [[nodiscard]] py::capsule capsule() const {
     auto made = std::make_unique<Export>();
     made->shape = bytes;
@@ -239,6 +248,7 @@ void define_paged_buffer(py::module_& m) {
 
   py::class_<PagedBytes>(m, "PagedBytes", "Bytes of a PagedBuffer, for torch.from_dlpack.")
       .def_readonly("address", &PagedBytes::address)
+      .def("part", &PagedBytes::part, py::arg("begin"), py::arg("bytes"))
       .def(
           "__dlpack__",
           [](const PagedBytes& self, const py::object&, const py::kwargs&) {

@@ -179,7 +179,7 @@ LEVELS = [
     {"ops", "_fake", "_inplace", "_autocast", "_vmap"},
     {"autograd"},
     {"quant_state", "bnb_keys", "functional", "requantize"},
-    {"linear", "lora", "experts", "nn", "optim"},
+    {"linear", "lora", "experts", "nn", "optim", "paging"},
     {"anything else"},
     {"cli", "demo"},
 ]

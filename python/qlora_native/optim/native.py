@@ -14,15 +14,21 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, cast, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from qlora_native.optim.bitsandbytes_state import from_bitsandbytes
+
 BLOCKSIZE = 256  # values that share a scale in 8-bit state
+
+# What a parameter's state has, but for the counters: key -> (shape, dtype).
+Layout = dict[str, tuple[Sequence[int], torch.dtype]]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,6 +71,17 @@ def _check_param(param: Tensor, name: str) -> None:
             f"{name} must be contiguous, got strides {tuple(param.stride())} for shape "
             f"{tuple(param.shape)}: make it a parameter from tensor.contiguous()"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One tensor's share of a step: a parameter with its state, or a piece of both."""
+
+    param: Tensor
+    grad: Tensor
+    group: dict[str, Any]  # its settings
+    state: dict[str, Any]
+    progress: int  # what tensors must share to be stepped in one call
 
 
 class NativeOptimizer(Optimizer):
@@ -147,61 +164,87 @@ class NativeOptimizer(Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item() != 0:
             return loss
-        for group in self.param_groups:
-            self._step_group(group, getattr(self, "grad_scale", None))
+        updates = self._updates()
+        self._apply(updates, getattr(self, "grad_scale", None))
+        for update in updates:
+            update.state.update(dict.fromkeys(self.counters, update.progress))
+            self.state[update.param] = update.state
         return loss
 
-    def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None) -> None:
-        # Tensors that share their progress and a kind of state go in one call.
-        batches: dict[tuple[int, bool, torch.device], list[Tensor]] = defaultdict(list)
-        states: dict[Tensor, dict[str, Any]] = {}
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            if param.grad.layout is not torch.strided:
-                raise ValueError(
-                    f"{type(self).__name__} needs dense gradients, got one with layout "
-                    f"{param.grad.layout} for a parameter of shape {tuple(param.shape)}"
-                )
-            state = self.state.get(param)
-            is_new = not state
-            states[param] = state = state or self._new_state(param, group)
-            is_8bit = self._absmax()[0] in state
-            batches[self._progress(state, is_new), is_8bit, param.device].append(param)
+    def _stepped_groups(self) -> Iterable[dict[str, Any]]:
+        """The groups of this step: settings, and "params" that share them."""
+        return self.param_groups
+
+    def _updates(self) -> list[Update]:
+        stepped: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+        for group in self._stepped_groups():
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if param.grad.layout is not torch.strided:
+                    raise ValueError(
+                        f"{type(self).__name__} needs dense gradients, got one with layout "
+                        f"{param.grad.layout} for a parameter of shape {tuple(param.shape)}"
+                    )
+                stepped.append((param, param.grad, group))
+        new = self._new_states(
+            {
+                param: self._state_layout(param, group)
+                for param, _, group in stepped
+                if not self.state.get(param)
+            }
+        )
+        updates = []
+        for param, grad, group in stepped:
+            state = new.get(param) or self.state[param]
+            progress = self._progress(state, param in new)
+            updates.append(Update(param, grad, group, state, progress))
+        return updates
+
+    def _apply(self, updates: Iterable[Update], grad_scale: Tensor | None) -> None:
+        # Tensors that share settings, progress and a kind of state go in one call.
+        batches: dict[tuple[int, int, bool, torch.device], list[Update]] = defaultdict(list)
+        for update in updates:
+            is_8bit = self._absmax()[0] in update.state
+            key = id(update.group), update.progress, is_8bit, update.param.device
+            batches[key].append(update)
 
         cls = type(self)
-        for (progress, is_8bit, _), params in batches.items():
+        for (_, progress, is_8bit, _), batch in batches.items():
+            group = batch[0].group
             keys = (*self.moments, *self._absmax()) if is_8bit else self.moments
             op = cls.step_8bit_op if is_8bit else cls.step_op
             op(
-                params,
-                [cast(Tensor, param.grad) for param in params],
-                *([states[param][key] for param in params] for key in keys),
+                [update.param for update in batch],
+                [update.grad for update in batch],
+                *([update.state[key] for update in batch] for key in keys),
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
                 maximize=group["maximize"],
                 grad_scale=grad_scale,
                 **self._arguments(group, progress),
             )
-            for param in params:
-                states[param].update(dict.fromkeys(self.counters, progress))
-                self.state[param] = states[param]
 
     def _absmax(self) -> tuple[str, ...]:
         return tuple(f"{moment}_absmax" for moment in self.moments)
 
-    def _new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        # Under an absmax of 0 every code stands for 0, so that 8-bit state starts from zeros too.
-        layout = self._state_layout(param, group)
-        zeros = {
-            key: torch.zeros(shape, dtype=dtype, device=param.device)
-            for key, (shape, dtype) in layout.items()
-        }
-        return {**dict.fromkeys(self.counters, 0), **zeros}
+    def _constants(self, param: Tensor, layout: Layout) -> dict[str, Any]:
+        """What a new state has besides the tensors that a step writes: its counters, at 0."""
+        return dict.fromkeys(self.counters, 0)
 
-    def _state_layout(
-        self, param: Tensor, group: dict[str, Any]
-    ) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+    def _new_states(self, layouts: Mapping[Tensor, Layout]) -> dict[Tensor, dict[str, Any]]:
+        """What the state of these parameters begins as."""
+        # Under an absmax of 0 every code stands for 0, so that 8-bit state starts from zeros too.
+        return {
+            param: self._constants(param, layout)
+            | {
+                key: torch.zeros(shape, dtype=dtype, device=param.device)
+                for key, (shape, dtype) in layout.items()
+            }
+            for param, layout in layouts.items()
+        }
+
+    def _state_layout(self, param: Tensor, group: dict[str, Any]) -> Layout:
         if not self._has_8bit_state(param, group):
             return dict.fromkeys(self.moments, (param.shape, torch.float32))
         n_blocks = -(-param.numel() // BLOCKSIZE)
@@ -211,7 +254,8 @@ class NativeOptimizer(Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of this class, or torch.optim's of the same name into the 32-bit one.
+        """Load a state_dict of this class, torch.optim's of the same name into the 32-bit one, or
+        that of bitsandbytes' optimizer of this rule and kind of state, paged or not.
 
         Training goes on to the bit as it would have without the detour. Tensors are copied.
 
@@ -220,12 +264,13 @@ class NativeOptimizer(Optimizer):
                 parameter has here. Nothing is changed then.
         """
         # torch casts what it loads to the parameter's dtype, which would spoil codes and fp32
-        # state: the values saved are checked before its work and put in place right after. Hooks of
-        # the user run around that as usual.
+        # state: the values saved are copied before its work, which gets none of them, and put in
+        # place right after. Hooks of the user run around that as usual.
         loaded: dict[Tensor, dict[str, Any]] = {}
 
-        def read(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            loaded.update(self._read_state(state_dict))
+        def read(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(self._copied_states(self._read_state(state_dict)))
+            return {**state_dict, "state": {}}
 
         def put(_: Optimizer) -> None:
             self.state.clear()
@@ -241,7 +286,9 @@ class NativeOptimizer(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _read_state(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+    def _read_state(
+        self, state_dict: dict[str, Any]
+    ) -> dict[Tensor, tuple[Layout, dict[str, Any]]]:
         groups = state_dict["param_groups"]
         for group, saved in zip(self.param_groups, groups, strict=False):
             self._check_settings({**group, **saved})
@@ -252,7 +299,7 @@ class NativeOptimizer(Optimizer):
             for group, saved in zip(self.param_groups, groups, strict=False)
             for param in group["params"]
         ]
-        result: dict[Tensor, dict[str, Any]] = {}
+        result = {}
         for i, (param, settings) in zip(ids, own, strict=False):
             if any(value is not None for value in state_dict["state"].get(i, {}).values()):
                 result[param] = self._read_param_state(
@@ -262,8 +309,10 @@ class NativeOptimizer(Optimizer):
 
     def _read_param_state(
         self, param: Tensor, group: dict[str, Any], saved: dict[str, Any], name: str
-    ) -> dict[str, Any]:
+    ) -> tuple[Layout, dict[str, Any]]:
+        """The layout and the values of one parameter's state, checked, as they were saved."""
         layout = self._state_layout(param, group)
+        saved = from_bitsandbytes(saved, self.moments, self._absmax(), self.counters)
         keys = [*self.counters, *layout]
         if set(keys) != set(saved):
             raise ValueError(
@@ -279,10 +328,16 @@ class NativeOptimizer(Optimizer):
                     f"{type(self).__name__}: {name}[{key!r}] must be {dtype} of shape "
                     f"{list(shape)}, got {value.dtype} of shape {list(value.shape)}"
                 )
-            result[key] = value.to(
-                device=param.device,
-                dtype=dtype,
-                copy=True,
-                memory_format=torch.contiguous_format,
-            )
-        return result
+            result[key] = value
+        return layout, result
+
+    def _copied_states(
+        self, states: Mapping[Tensor, tuple[Layout, dict[str, Any]]]
+    ) -> dict[Tensor, dict[str, Any]]:
+        """Copies of these values, where and as the state of their parameters is kept."""
+        copies = self._new_states({param: layout for param, (layout, _) in states.items()})
+        for param, (layout, values) in states.items():
+            copies[param].update({key: values[key] for key in self.counters})
+            for key in layout:
+                copies[param][key].copy_(values[key])
+        return copies

@@ -8,6 +8,7 @@ not quite on a CPU (docs/numerics.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 from qlora_native.bitsandbytes._missing import refuse
 from qlora_native.bitsandbytes.maps import dynamic_map, sign_of
 from qlora_native.bitsandbytes.optim.manager import GlobalOptimManager
-from qlora_native.optim.native import NativeOptimizer
+from qlora_native.optim.native import Layout, NativeOptimizer
 
 
 class Optimizer8bit(NativeOptimizer):
@@ -84,24 +85,24 @@ class Optimizer8bit(NativeOptimizer):
 
     # ---- the step ----
 
-    def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None) -> None:
+    def _stepped_groups(self) -> Iterator[dict[str, Any]]:
         if not self.initialized:
             self.mng.read_modules(self.param_groups)
             self.initialized = True
-        group_index = next(i for i, other in enumerate(self.param_groups) if other is group)
-        # Parameters with the same settings of their own are stepped together.
-        batches: dict[str, tuple[dict[str, Any], list[Tensor]]] = {}
-        for i, param in enumerate(group["params"]):
-            if param.grad is not None:
-                _make_contiguous(param)
-                own = self.mng.settings_of(param, (group_index, i))
-                batches.setdefault(repr(own), (own, []))[1].append(param)
-        for own, params in batches.values():
-            settings = {**group, **vars(self.args), **own, "maximize": False}
-            if own:
-                _check_args(settings)
-                self._check_settings(settings)
-            super()._step_group({**settings, "params": params}, grad_scale)
+        for group_index, group in enumerate(self.param_groups):
+            # Parameters with the same settings of their own are stepped together.
+            batches: dict[str, tuple[dict[str, Any], list[Tensor]]] = {}
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    _make_contiguous(param)
+                    own = self.mng.settings_of(param, (group_index, i))
+                    batches.setdefault(repr(own), (own, []))[1].append(param)
+            for own, params in batches.values():
+                settings = {**group, **vars(self.args), **own, "maximize": False}
+                if own:
+                    _check_args(settings)
+                    self._check_settings(settings)
+                yield {**settings, "params": params}
 
     @staticmethod
     def _progress(state: dict[str, Any], is_new: bool) -> int:
@@ -115,14 +116,11 @@ class Optimizer8bit(NativeOptimizer):
     def _absmax(self) -> tuple[str, ...]:
         return tuple(f"absmax{i + 1}" for i in range(len(self.moments)))
 
-    def _new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state = super()._new_state(param, group)
-        return {**state, **self._maps_for(state, param.device)}
-
-    def _maps_for(self, state: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
-        if "absmax1" not in state:
-            return {}
-        return {f"qmap{i + 1}": dynamic_map(sign, device) for i, sign in enumerate(self.signs)}
+    def _constants(self, param: Tensor, layout: Layout) -> dict[str, Any]:
+        maps = {}
+        if "absmax1" in layout:
+            maps = {f"qmap{i + 1}": dynamic_map(s, param.device) for i, s in enumerate(self.signs)}
+        return super()._constants(param, layout) | maps
 
     def state_dict(self) -> dict[str, Any]:
         """torch's dictionary, with each parameter's tensors in a dictionary of their own."""
@@ -156,7 +154,7 @@ class Optimizer8bit(NativeOptimizer):
 
     def _read_param_state(
         self, param: Tensor, group: dict[str, Any], saved: dict[str, Any], name: str
-    ) -> dict[str, Any]:
+    ) -> tuple[Layout, dict[str, Any]]:
         maps = {key: value for key, value in saved.items() if key.startswith("qmap")}
         for key, value in maps.items():
             if sign_of(value) is not self.signs[int(key.removeprefix("qmap")) - 1]:
@@ -164,8 +162,7 @@ class Optimizer8bit(NativeOptimizer):
         rest = {key: value for key, value in saved.items() if key not in maps}
         # The state's kind is the saved one's: what the manager overrides may be told later.
         kind = {"optim_bits": 8 if "absmax1" in rest else 32, "min_8bit_size": 0}
-        state = super()._read_param_state(param, {**group, **kind}, rest, name)
-        return {**state, **self._maps_for(state, param.device)}
+        return super()._read_param_state(param, {**group, **kind}, rest, name)
 
 
 def _check_args(args: dict[str, Any]) -> None:
