@@ -41,20 +41,11 @@
 #include "device/shared.cuh"
 #include "kernels/panel.cuh"
 #include "kernels/tile_epilogue.cuh"
+#include "kernels/tile_product.cuh"
 #include "kernels/warp_tile.cuh"
 #include "kernels/weight_tile.cuh"
 
 namespace qlora::cuda {
-
-template <class T>
-struct LinearTilesArguments {
-  RowMajor<T> x;  // [M, depth]: x, or grad_out
-  TileWeight weight;
-  TileOutput<T> out;            // [M, N] or [M, K]
-  std::uint32_t tiles_down;     // of the result
-  RowMajor<T> left{}, right{};  // [M, R], [columns of the result, R]; R = 0: no LoRA
-  TileDropout dropout{};        // of left right^T
-};
 
 // A block's shared memory.
 template <class T, TileShape kShape>
@@ -75,7 +66,7 @@ struct TileBuffers {
 // Starts the copies for 64 steps of LoRA's depth, from r on. They lie in the last buffers that the
 // main loop will fill.
 template <TileShape kShape, class T>
-__device__ void copy_lora(const TileBuffers<T, kShape>& buffers, const LinearTilesArguments<T>& p,
+__device__ void copy_lora(const TileBuffers<T, kShape>& buffers, const TileProduct<T>& p,
                           std::int64_t row, std::int64_t column, std::int64_t r) {
   copy_panel<kShape.rows>(buffers.x, buffers.x_base(kTileStages - 1), p.left, row, r);
   copy_panel<kTileColumns>(buffers.weights, buffers.weights_base(1), p.right, column, r);
@@ -84,7 +75,7 @@ __device__ void copy_lora(const TileBuffers<T, kShape>& buffers, const LinearTil
 // sums += left right^T. The first copies have been started, and kPending groups after theirs.
 template <int kPending, TileShape kShape, class T>
 __device__ void add_lora(WarpTile<kShape>& tile, const TileBuffers<T, kShape>& buffers,
-                         const LinearTilesArguments<T>& p, std::int64_t row, std::int64_t column) {
+                         const TileProduct<T>& p, std::int64_t row, std::int64_t column) {
   wait_copies<kPending>();
   for (std::int64_t r = 0;;) {
     sync_block();
@@ -106,7 +97,7 @@ __device__ void add_lora(WarpTile<kShape>& tile, const TileBuffers<T, kShape>& b
 }
 
 template <TileShape kShape, DepthOfRight kDepth, class T>
-__device__ void multiply_tile(const LinearTilesArguments<T>& p, DynamicMap& map) {
+__device__ void multiply_tile(const TileProduct<T>& p, DynamicMap& map) {
   constexpr bool kForward = kDepth == DepthOfRight::along_rows;
   constexpr int kStepsOfTile = kTileDepth / kMmaDepth;
   constexpr int kWeightRows = kForward ? kTileColumns : kTileDepth;
@@ -149,7 +140,7 @@ __device__ void multiply_tile(const LinearTilesArguments<T>& p, DynamicMap& map)
                               scaled.look_up(chunk.codes.word[piece]));
   };
   {
-    const ScaledValues<T> scaled(p.weight.values, absmax_of(p.weight, chunk, map));
+    const ScaledValues<T> scaled(p.weight.values, absmax_of(p.weight, chunk.scale, map));
 #pragma unroll
     for (int piece = 0; piece < kWeightChunk / kPiece; ++piece) write_piece(scaled, piece, 0);
   }
@@ -161,7 +152,7 @@ __device__ void multiply_tile(const LinearTilesArguments<T>& p, DynamicMap& map)
     // Tiles `step` of both operands are there; what step - 1 read may be overwritten.
     sync_block();
     copy_x(step + kTileStages - 1);
-    const ScaledValues<T> scaled(p.weight.values, absmax_of(p.weight, chunk, map));
+    const ScaledValues<T> scaled(p.weight.values, absmax_of(p.weight, chunk.scale, map));
 #pragma unroll
     for (int i = 0; i < kStepsOfTile; ++i) {
       if (i < kStepsOfTile / 2) {
@@ -181,7 +172,7 @@ __device__ void multiply_tile(const LinearTilesArguments<T>& p, DynamicMap& map)
 // By its rows, since a shape as an argument of a kernel's template is more than nvcc 13 can name.
 template <class T, int kRows, DepthOfRight kDepth>
 __global__ void __launch_bounds__(kLinearThreads, tile_of(kRows).blocks_per_multiprocessor)
-    linear_tiles_kernel(const __grid_constant__ LinearTilesArguments<T> p) {
+    linear_tiles_kernel(const __grid_constant__ TileProduct<T> p) {
   if constexpr (kHasTensorCores16) {
     __shared__ DynamicMap map;
     multiply_tile<tile_of(kRows), kDepth>(p, map);

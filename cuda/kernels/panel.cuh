@@ -33,12 +33,12 @@ struct RowMajor {
 
 // Starts the copies of kRows x 64 values from (row, column) on into the panel at element `base`.
 // What lies outside of the matrix becomes zeros. A piece a thread, 8 threads a row: a warp reads
-// 128 contiguous bytes of each of four rows.
-template <int kRows, class T>
+// 128 contiguous bytes of each of four rows. By the block's first kThreads threads.
+template <int kRows, int kThreads = kLinearThreads, class T>
 __device__ void copy_panel(Shared<T> to, int base, const RowMajor<T>& from, std::int64_t row,
                            std::int64_t column) {
   constexpr int kPieces = kPanelColumns / kPiece;
-  constexpr int kRowsAtATime = kLinearThreads / kPieces;
+  constexpr int kRowsAtATime = kThreads / kPieces;
   static_assert(kRows % kRowsAtATime == 0 && kRowsAtATime % 8 == 0);
   const int own_row = thread_index() / kPieces;
   const int own_column = thread_index() % kPieces * kPiece;

@@ -4,6 +4,9 @@
 // columns, exchanged among those four lanes, give each lane the 8 columns of one group: 16 bytes of
 // a 16-bit result, and the four lanes 64 contiguous bytes, whole sectors. No shared memory, no
 // barrier: a warp that is done stores while others still multiply.
+//
+// A Tile is what a warp has of the block's: kDown groups of 16 rows by kAcross of 8 columns, value
+// i of each at row_of(down, i), column_of(across, i) of that tile (warp_tile.cuh).
 #pragma once
 
 #include <cstdint>
@@ -24,11 +27,10 @@ struct TileDropout {
 
 // Value [m, k] of the result times 0 or the gain. A row's key takes two 64-bit multiplications:
 // each lane makes those of a few of the warp's rows, and hands them round.
-template <TileShape kShape>
-__device__ void apply_dropout(WarpTile<kShape>& tile, const TileDropout& dropout, std::int64_t row,
+template <class Tile>
+__device__ void apply_dropout(Tile& tile, const TileDropout& dropout, std::int64_t row,
                               std::int64_t column) {
-  using Tile = WarpTile<kShape>;
-  constexpr int kRowsOfLane = kShape.warp_rows() / kWarpSize;
+  constexpr int kRowsOfLane = (Tile::kRows + kWarpSize - 1) / kWarpSize;
   const auto seed = static_cast<std::uint64_t>(dropout.seed.load(0));
   DropoutRowKey keys[kRowsOfLane];
 #pragma unroll
@@ -36,7 +38,7 @@ __device__ void apply_dropout(WarpTile<kShape>& tile, const TileDropout& dropout
     keys[i] = dropout_row_key(seed, row + Tile::first_row() + i * kWarpSize + lane_index());
   }
 #pragma unroll
-  for (int down = 0; down < kShape.warp_rows(); down += 8) {
+  for (int down = 0; down < Tile::kRows; down += 8) {
     const DropoutRowKey& owned = keys[down / kWarpSize];
     const int owner = down % kWarpSize + lane_index() / 4;
     const DropoutRowKey key{shuffle(owned.add, owner), shuffle(owned.mix, owner)};
@@ -45,8 +47,10 @@ __device__ void apply_dropout(WarpTile<kShape>& tile, const TileDropout& dropout
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
         const auto at = static_cast<std::uint32_t>(column + Tile::column_of(j, v));
-        float& sum = tile.sums[down / kMmaRows][j].value[down / 8 % 2 * 2 + v];
-        sum = dropout_keeps(key, at, dropout.threshold) ? sum * dropout.gain : 0.0f;
+        const int i = down / 8 % 2 * 2 + v;
+        const float sum = tile.get(down / kMmaRows, j, i);
+        tile.set(down / kMmaRows, j, i,
+                 dropout_keeps(key, at, dropout.threshold) ? sum * dropout.gain : 0.0f);
       }
     }
   }
@@ -94,10 +98,9 @@ __device__ void store_piece(const TileOutput<T>& out, std::int64_t row, std::int
 }
 
 // The sums, plus bias, rounded to T; (row, column) is where the block's tile begins.
-template <TileShape kShape, class T>
-__device__ void store_tile(const WarpTile<kShape>& tile, const TileOutput<T>& out, std::int64_t row,
+template <class Tile, class T>
+__device__ void store_tile(const Tile& tile, const TileOutput<T>& out, std::int64_t row,
                            std::int64_t column) {
-  using Tile = WarpTile<kShape>;
   struct Words {
     std::uint32_t word[4];
   };
@@ -122,8 +125,8 @@ __device__ void store_tile(const WarpTile<kShape>& tile, const TileOutput<T>& ou
         Words words;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float* sums = tile.sums[i][first + j].value + lower;
-          words.word[j] = narrow_pair<T>(sums[0] + bias[j][0], sums[1] + bias[j][1]);
+          words.word[j] = narrow_pair<T>(tile.get(i, first + j, lower) + bias[j][0],
+                                         tile.get(i, first + j, lower + 1) + bias[j][1]);
         }
         transpose_quad(words.word);
         store_piece(out, row + Tile::row_of(i, lower), column + own_column,

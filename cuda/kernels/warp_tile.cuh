@@ -22,7 +22,8 @@ enum class DepthOfRight { along_rows, across_rows };
 
 template <TileShape kShape>
 struct WarpTile {
-  static constexpr int kDown = kShape.warp_rows() / kMmaRows;
+  static constexpr int kRows = kShape.warp_rows();
+  static constexpr int kDown = kRows / kMmaRows;
   static constexpr int kAcross = kShape.warp_columns() / kMmaColumns;
   static_assert(kAcross % 4 == 0);
 
@@ -43,6 +44,11 @@ struct WarpTile {
   __device__ static int column_of(int across, int i) {
     return first_column() + across * kMmaColumns + lane_index() % 4 * 2 + i % 2;
   }
+
+  [[nodiscard]] __device__ float get(int down, int across, int i) const {
+    return sums[down][across].value[i];
+  }
+  __device__ void set(int down, int across, int i, float sum) { sums[down][across].value[i] = sum; }
 
   __device__ void clear() {
 #pragma unroll

@@ -42,14 +42,19 @@ struct TileWeight {
   float values[16];  // by code
 };
 
-// A thread's codes, two a byte, the first in the upper half; and what their scale is made of.
+// What the scale of a chunk is made of.
+struct ChunkScale {
+  std::uint32_t scale;  // the bits of absmax, or its code
+  float nested_absmax;
+  float nested_offset;  // with each chunk: a register that is free while products are looked up
+};
+
+// A thread's codes, two a byte, the first in the upper half; and their scale.
 struct WeightChunk {
   struct Codes {
     std::uint32_t word[4];
   } codes;
-  std::uint32_t scale;  // the bits of absmax, or its code
-  float nested_absmax;
-  float nested_offset;  // with each chunk: a register that is free while products are looked up
+  ChunkScale scale;
 };
 
 // Where a thread's chunk lies in a tile of kRows rows.
@@ -70,22 +75,29 @@ struct ChunkPlace {
   }
 };
 
+// Of the chunk whose first value is that one.
+__device__ inline ChunkScale load_chunk_scale(const TileWeight& weight, std::int64_t first) {
+  ChunkScale scale{};
+  const std::int64_t block = first >> weight.log2_blocksize;
+  if (weight.double_quantized) {
+    scale.scale = weight.scales.absmax_q8.load(block);
+    scale.nested_absmax = weight.scales.nested_absmax.load(block / kNestedBlocksize);
+    scale.nested_offset = weight.scales.nested_offset.load(0);
+  } else {
+    scale.scale = std::bit_cast<std::uint32_t>(weight.scales.absmax.load(block));
+  }
+  return scale;
+}
+
 // The chunk at (row, column) of the weight. Outside of it: codes whose scale is zero.
 __device__ inline WeightChunk load_weight_chunk(const TileWeight& weight, std::int64_t row,
                                                 std::int64_t column) {
   WeightChunk chunk{};
   if (row >= weight.rows || column >= weight.columns) return chunk;
   const std::int64_t first = row * weight.columns + column;
-  const std::int64_t block = first >> weight.log2_blocksize;
   chunk.codes =
       std::bit_cast<WeightChunk::Codes>(weight.packed.load_vec<kWeightChunk / 2>(first / 2));
-  if (weight.double_quantized) {
-    chunk.scale = weight.scales.absmax_q8.load(block);
-    chunk.nested_absmax = weight.scales.nested_absmax.load(block / kNestedBlocksize);
-    chunk.nested_offset = weight.scales.nested_offset.load(0);
-  } else {
-    chunk.scale = std::bit_cast<std::uint32_t>(weight.scales.absmax.load(block));
-  }
+  chunk.scale = load_chunk_scale(weight, first);
   return chunk;
 }
 
@@ -140,10 +152,10 @@ class ScaledValues {
 };
 
 // Where the weight is double-quantized the map must have been loaded, and a barrier passed.
-__device__ inline float absmax_of(const TileWeight& weight, const WeightChunk& chunk,
+__device__ inline float absmax_of(const TileWeight& weight, const ChunkScale& scale,
                                   DynamicMap& map) {
-  if (!weight.double_quantized) return std::bit_cast<float>(chunk.scale);
-  return map.load(static_cast<int>(chunk.scale)) * chunk.nested_absmax + chunk.nested_offset;
+  if (!weight.double_quantized) return std::bit_cast<float>(scale.scale);
+  return map.load(static_cast<int>(scale.scale)) * scale.nested_absmax + scale.nested_offset;
 }
 
 }  // namespace qlora::cuda

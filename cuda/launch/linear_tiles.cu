@@ -2,30 +2,11 @@
 #include "kernels/linear_tiles.cuh"
 #include "launch/linear_paths.h"
 #include "launch/linear_tiles.h"
+#include "launch/tile_product.h"
 #include "launch/tiles.h"
 
 namespace qlora::cuda {
 namespace {
-
-// What the two directions share: out [M, columns] = x [M, depth] and the weight.
-struct Product {
-  std::int64_t m;
-  std::int64_t depth;
-  std::int64_t columns;
-  const Weight4bit& weight;
-  DType dtype;
-  const void* x;
-  const void* bias;
-  void* out;
-};
-
-Product product_of(const LinearParams& p) {
-  return {p.m, p.weight.cols, p.weight.rows, p.weight, p.dtype, p.x, p.bias, p.out};
-}
-
-Product product_of(const LinearBackwardInputParams& p) {
-  return {p.m, p.weight.rows, p.weight.cols, p.weight, p.dtype, p.grad_out, nullptr, p.grad_x};
-}
 
 // Before it kernels are empty (kHasTensorCores16).
 constexpr int kTilesFromArchitecture = 80;
@@ -69,50 +50,6 @@ Status with_shape(TileShape shape, Fn&& fn) {
 
 // ---- the launch ----
 
-TileWeight device_weight(const Weight4bit& w) {
-  const std::int64_t n = w.rows * w.cols;
-  TileWeight weight{.rows = w.rows,
-                    .columns = w.cols,
-                    .log2_blocksize = log2_of(w.blocksize),
-                    .double_quantized = w.scales.double_quantized(),
-                    .packed = {w.packed, packed_bytes(n)},
-                    .scales = device_scales(w.scales, n_blocks(n, w.blocksize)),
-                    .values = {}};
-  for (int i = 0; i < 16; ++i) weight.values[i] = w.format.values[i];
-  return weight;
-}
-
-template <class T>
-RowMajor<T> row_major(const void* data, std::int64_t rows, std::int64_t columns) {
-  return {{static_cast<const T*>(data), rows * columns}, rows, columns};
-}
-
-template <class T>
-LinearTilesArguments<T> arguments_of(const Product& p, const LoraTerm* lora, TileShape shape) {
-  LinearTilesArguments<T> a{.x = row_major<T>(p.x, p.m, p.depth),
-                            .weight = device_weight(p.weight),
-                            .out = {.data = {static_cast<T*>(p.out), p.m * p.columns},
-                                    .rows = p.m,
-                                    .columns = p.columns,
-                                    .whole_pieces = p.columns % kPiece == 0},
-                            .tiles_down = static_cast<std::uint32_t>(tiles_down(shape, p))};
-  a.out.whole_pieces = a.out.whole_pieces && a.out.data.aligned(16);
-  if (p.bias != nullptr) {
-    a.out.bias = {static_cast<const T*>(p.bias), p.columns};
-    a.out.has_bias = true;
-  }
-  if (lora != nullptr) {
-    a.left = row_major<T>(lora->left, p.m, lora->r);
-    a.right = row_major<T>(lora->right, p.columns, lora->r);
-    if (lora->dropout_p > 0.0f) {
-      a.dropout = {.seed = {lora->dropout_seed, 1},
-                   .threshold = dropout_threshold(lora->dropout_p),
-                   .gain = dropout_gain(lora->dropout_p)};
-    }
-  }
-  return a;
-}
-
 template <DepthOfRight kDepth>
 Status launch_product(const Product& p, const LoraTerm* lora, const Context& context) {
   if (!tiles_serve(p.dtype, p.depth, p.weight, p.x)) {
@@ -124,7 +61,7 @@ Status launch_product(const Product& p, const LoraTerm* lora, const Context& con
   if (const Status status = choose_shape(p, &shape); !status.ok()) return status;
   const auto run = [&]<class T>() {
     return with_shape(shape, [&]<TileShape kShape>() {
-      const auto arguments = arguments_of<T>(p, lora, kShape);
+      const auto arguments = tile_product<T>(p, lora, kShape.rows);
       return launch(linear_tiles_kernel<T, kShape.rows, kDepth>,
                     {.grid = arguments.tiles_down * tiles_across(p),
                      .block = kLinearThreads,
