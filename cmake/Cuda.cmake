@@ -52,6 +52,10 @@ if(qlora_has_cuda)
                                               CUDA_VISIBILITY_PRESET hidden)
   target_include_directories(qlora_cuda PRIVATE cuda)
   target_link_libraries(qlora_cuda PUBLIC qlora_contract CUDA::cudart_static)
+  # What has kernels of its own, for the launchers to know (cuda/device/warpgroup.cuh).
+  if(CMAKE_CUDA_ARCHITECTURES MATCHES "90a")
+    target_compile_definitions(qlora_cuda PRIVATE QLORA_CUDA_SM90A)
+  endif()
   target_compile_options(qlora_cuda PRIVATE
     # The contract's constexpr functions run on the device, too.
     --expt-relaxed-constexpr

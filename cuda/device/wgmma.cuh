@@ -35,13 +35,14 @@ struct MatrixDescriptor {
 
 namespace detail {
 
-// Addresses and distances count 16 bytes, in 14 bits. Bits 62 and 63: 1 is the swizzle of 128
-// bytes.
-__device__ constexpr MatrixDescriptor describe(std::uint32_t address, int leading_bytes,
-                                               int stride_bytes) {
-  const auto field = [](std::uint32_t bytes) { return std::uint64_t{(bytes & 0x3FFFFu) >> 4}; };
-  return {field(address) | field(static_cast<std::uint32_t>(leading_bytes)) << 16 |
-          field(static_cast<std::uint32_t>(stride_bytes)) << 32 | std::uint64_t{1} << 62};
+// Addresses and distances count 16 bytes, in 14 bits.
+__device__ inline std::uint64_t field(std::uint32_t bytes) { return (bytes & 0x3FFFFu) >> 4; }
+
+// Bits 62 and 63: 1 is the swizzle of 128 bytes.
+__device__ inline MatrixDescriptor describe(std::uint32_t address, std::uint32_t leading_bytes,
+                                            std::uint32_t stride_bytes) {
+  return {field(address) | field(leading_bytes) << 16 | field(stride_bytes) << 32 |
+          std::uint64_t{1} << 62};
 }
 
 }  // namespace detail
@@ -58,8 +59,8 @@ __device__ MatrixDescriptor describe_depth_along_rows(Shared<T> memory, int tile
 template <class T>
 __device__ MatrixDescriptor describe_depth_across_rows(Shared<T> memory, int tile, int depth,
                                                        int tile_elements) {
-  return detail::describe(memory.address(tile + depth * kSwizzledRow), tile_elements * 2,
-                          kSwizzledBytes);
+  return detail::describe(memory.address(tile + depth * kSwizzledRow),
+                          static_cast<std::uint32_t>(tile_elements) * 2, kSwizzledBytes);
 }
 
 // A thread's sums. Of lane l of warp w of the warpgroup:

@@ -42,6 +42,8 @@ Status linear_plain(const LinearParams& p, const LoraTerm* lora, const Context& 
 
 Status backward_input_tiles(const LinearBackwardInputParams& p, const LoraTerm* lora,
                             const Context& context);
+Status backward_input_wgmma(const LinearBackwardInputParams& p, const LoraTerm* lora,
+                            const Context& context);
 Status backward_input_fma(const LinearBackwardInputParams& p, const LoraTerm* lora,
                           const Context& context);
 Status backward_input_plain(const LinearBackwardInputParams& p, const LoraTerm* lora,

@@ -1,9 +1,11 @@
-"""The tiled tensor-core products (cuda/kernels/linear_tiles.cuh), on the emulator."""
+"""The products in tiles on tensor cores, on the emulator, each by itself.
+
+cuda/kernels/linear_tiles.cuh is made of mma.sync, linear_wgmma.cuh of Hopper's warpgroup products.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,6 @@ from linear_cases import (
     make_weight,
     rand,
 )
-from planted_faults import Build, Mutant, assert_caught, build, each, mutant
 from qlora_native import ops, reference
 
 emulation = pytest.importorskip(
@@ -27,14 +28,20 @@ emulation = pytest.importorskip(
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
+# The compute capability for which the emulator runs each of them.
+WAYS = {"tiles": 80, "wgmma": 90}
+
 # Tiles of 64, 128 and 256 rows, tails of rows, columns and depth in both directions, one step and
-# more than the ring holds, blocks across rows and larger than the weight.
+# more than the ring holds, panels of codes that take another's place, blocks across rows and larger
+# than the weight.
 CASES = {
     "less_than_a_step": Case(n=40, k=32, m=(1, 17), blocksize=32),
     "a_step_and_a_tail": Case(n=72, k=96, m=(9, 65), blocksize=32),
     "around_the_ring": Case(n=136, k=352, m=(33,)),
     "tiles_of_128_rows": Case(n=136, k=160, m=(65, 128), format="fp4"),
     "tiles_of_256_rows": Case(n=136, k=160, m=(129, 300), double_quant=False),
+    "panels_along_rows": Case(n=24, k=544, m=(7,)),
+    "panels_across_rows": Case(n=552, k=32, m=(7,), blocksize=32),
     "blocks_across_rows": Case(n=24, k=96, m=(5,), blocksize=256),
     "one_block_larger_than_w": Case(n=8, k=64, m=(70,), blocksize=4096, double_quant=False),
     "no_rows": Case(n=0, k=64, m=(8,), double_quant=False),
@@ -42,12 +49,13 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def tiles() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=WAYS)
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
     emulation.use(True)
-    emulation.force_way("forward", "tiles")
-    emulation.force_way("backward_input", "tiles")
-    yield
+    emulation.set_architecture(WAYS[request.param])
+    emulation.force_way("forward", request.param)
+    emulation.force_way("backward_input", request.param)
+    yield request.param
     emulation.force_way("forward", None)
     emulation.force_way("backward_input", None)
     emulation.set_architecture(80)
@@ -158,19 +166,34 @@ def test_nan_stays_in_its_row() -> None:
 @pytest.mark.parametrize(
     ("k", "dtype", "offset", "architecture"),
     [
-        pytest.param(80, torch.bfloat16, 0, 80, id="K is no multiple of 32"),
-        pytest.param(64, torch.float32, 0, 80, id="fp32"),
-        pytest.param(64, torch.bfloat16, 1, 80, id="x is not aligned"),
+        pytest.param(80, torch.bfloat16, 0, None, id="K is no multiple of 32"),
+        pytest.param(64, torch.float32, 0, None, id="fp32"),
+        pytest.param(64, torch.bfloat16, 1, None, id="x is not aligned"),
         pytest.param(64, torch.float16, 0, 75, id="sm_75"),
     ],
 )
-def test_what_it_refuses(k: int, dtype: torch.dtype, offset: int, architecture: int) -> None:
+def test_what_they_refuse(
+    way: str, k: int, dtype: torch.dtype, offset: int, architecture: int | None
+) -> None:
     case = Case(n=8, k=k, m=())
     weight = make_weight(case)
-    emulation.set_architecture(architecture)
+    emulation.set_architecture(architecture or WAYS[way])
     x = torch.zeros(2 * k + offset, dtype=dtype)[offset:].view(2, k)
     with pytest.raises(RuntimeError, match="does not serve"):
         multiply(x, weight, case)
+
+
+@pytest.mark.parametrize("architecture", [80, 89, 100, 120])
+def test_warpgroups_are_hoppers(way: str, architecture: int) -> None:
+    case = Case(n=8, k=64, m=())
+    weight = make_weight(case)
+    emulation.set_architecture(architecture)
+    x = rand(2, 64, seed=1, dtype=torch.bfloat16)
+    if way == "wgmma":
+        with pytest.raises(RuntimeError, match="does not serve"):
+            multiply(x, weight, case)
+    else:
+        assert_forward(multiply(x, weight, case), x, weight, None)
 
 
 def test_a_gradient_of_rows_that_are_no_whole_pieces_is_refused() -> None:
@@ -199,48 +222,3 @@ def test_it_reads_the_weight_once_without_bank_conflicts(direction: str, m: int)
     moved = 32 * (counts["loaded_sectors"] + counts["stored_sectors"])
     assert moved <= least + x_bytes + scales
     assert counts["bank_conflicts"] == 0
-
-
-# ---- faults planted in the kernel ----------------------------------------------------------------
-
-
-def planted(name: str, file: str, old: str, new: str, caught_by: str) -> Mutant:
-    return mutant(name, file, old, new, "linear_tiles", caught_by)
-
-
-KERNEL = "linear_tiles"
-MUTANTS = [
-    planted("no barrier after the wait", KERNEL,
-            "may be overwritten.\n    sync_block();\n", "may be overwritten.\n", "race"),
-    planted("waits for a group too few", KERNEL, "wait_copies<kTileStages - 2>",
-            "wait_copies<kTileStages - 1>", "in flight"),
-    planted("LoRA's panels refilled before all have read them", KERNEL,
-            "    sync_block();  // the panels have been read\n", "", "race"),
-    planted("the next weights over those that are read", KERNEL,
-            "write_piece(scaled, 2 * i, step + 1)", "write_piece(scaled, 2 * i, step)", "race"),
-    planted("the mask on the base product too", KERNEL, "  store_tile(tile, p.out, row, column);",
-            "  if (p.dropout.threshold > 0) apply_dropout(tile, p.dropout, row, column);\n"
-            "  store_tile(tile, p.out, row, column);", "digest"),
-    planted("weights stored without the swizzle", "weight_tile",
-            "panel + (panel_row(row) ^", "panel + (row * kPanelColumns ^", "digest"),
-    planted("scale of the row above", "weight_tile", "block = first >>",
-            "block = (row > 0 ? first - weight.columns : first) >>", "digest"),
-    planted("the depth's tail not masked", "panel",
-            "column + own_column < from.columns ? from.rows - row : 0", "from.rows - row",
-            "out of bounds"),
-    planted("rows past M stored", "tile_epilogue", "row >= out.rows || column >= out.columns",
-            "column >= out.columns", "out of bounds"),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    return build(
-        tmp_path_factory.mktemp("unchanged"), "run_linear_tiles.cpp", "launch/linear_tiles"
-    )
-
-
-@pytest.mark.slow
-@each(MUTANTS)
-def test_a_planted_fault_is_caught(mutant: Mutant, unchanged: Build, tmp_path: Path) -> None:
-    assert_caught(mutant, unchanged, tmp_path)

@@ -41,7 +41,9 @@ ForceWay = Callable[[str, str], None]
 @pytest.fixture
 def force_way() -> Iterator[ForceWay]:
     emulation.use(True)
+    emulation.set_architecture(90)  # which every way may serve
     yield emulation.force_way
+    emulation.set_architecture(80)
     for direction in ("forward", "backward_input"):
         emulation.force_way(direction, None)
     emulation.use(False)
