@@ -31,7 +31,8 @@ namespace qlora::cpu {
 namespace {
 
 constexpr std::int64_t kReadAhead = 128 << 10;  // what Linux reads ahead at most, by default
-constexpr std::int64_t kLeaving = 32 << 20;     // bytes on their way out until one waits for them
+// Bytes on their way out until one waits for them; of a small buffer a quarter.
+constexpr std::int64_t kMostLeaving = 32 << 20;
 
 std::int64_t page_size() {
   static const std::int64_t size = ::sysconf(_SC_PAGESIZE);
@@ -225,7 +226,7 @@ Status evict(PagedBuffer* paged, std::int64_t begin, std::int64_t bytes, void*) 
   range = {Presence::leaving, false};
   buffer.leaving.push_back({begin, bytes});
   buffer.leaving_bytes += bytes;
-  while (buffer.leaving_bytes > kLeaving) {
+  while (buffer.leaving_bytes > std::min(kMostLeaving, buffer.bytes / 4)) {
     if (Status status = drop_oldest(buffer); !status.ok()) return status;
   }
   return {};

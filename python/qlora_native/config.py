@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from qlora_native.paging.budget import is_budget
+
 # Settings that may differ between a run and its continuation: they change nothing that is computed.
 HARMLESS = frozenset(
     {
@@ -15,6 +17,7 @@ HARMLESS = frozenset(
         *("data", "eval_data", "output"),
         *("resume", "overwrite", "eval_every", "checkpoint_every", "keep_checkpoints"),
         *("log_every", "plot", "threads"),
+        *("optim_memory", "optim_directory", "optim_paged_from"),
     }
 )
 
@@ -23,8 +26,9 @@ class ConfigError(ValueError):
     """A setting that cannot be; the message names it, what came and what is wanted."""
 
 
-def _setting(default: Any, panel: str, help: str) -> Any:
-    return field(default=default, metadata={"panel": panel, "help": help})
+def _setting(default: Any, panel: str, help: str, also: str | None = None) -> Any:
+    """`also`: another name of its option."""
+    return field(default=default, metadata={"panel": panel, "help": help, "also": also})
 
 
 _WHAT = "Model, data and output"
@@ -82,8 +86,20 @@ class TrainConfig:
     )
     epochs: float = _setting(1.0, _OPTIM, "Passes over the data; may be a fraction.")
     steps: int | None = _setting(None, _OPTIM, "Number of steps, in place of epochs.")
-    optimizer: Literal["adamw", "adamw8bit", "torch"] = _setting(
-        "adamw", _OPTIM, "AdamW with 32-bit or 8-bit state, or torch's own."
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "torch"] = _setting(
+        "adamw",
+        _OPTIM,
+        "AdamW with 32-bit or 8-bit state, its state paged or not, or torch's own.",
+        also="--optim",
+    )
+    optim_memory: str = _setting(
+        "auto", _OPTIM, "Paged: memory the state may stay in: 2GB, 512MiB, bytes, or what is free."
+    )
+    optim_directory: str = _setting(
+        "", _OPTIM, "Paged, on a CPU: a folder on a disk for the state; TMPDIR or /var/tmp if none."
+    )
+    optim_paged_from: int = _setting(
+        100_000, _OPTIM, "Paged: state of tensors with fewer values stays as it is."
     )
     learning_rate: float = _setting(2e-4, _OPTIM, "Highest learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = _setting("cosine", _OPTIM, "After warm-up.")
@@ -164,6 +180,8 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("gradient_accumulation", "at least 1", _at_least(1)),
     ("epochs", "above 0", lambda v: v > 0),
     ("steps", "at least 1", lambda v: v is None or v >= 1),
+    ("optim_memory", "'auto', a number of bytes, or text like '2GB'", lambda v: is_budget(v)),
+    ("optim_paged_from", "at least 0", _at_least(0)),
     ("learning_rate", "above 0", lambda v: v > 0),
     ("warmup", "at least 0", _at_least(0)),
     ("weight_decay", "at least 0", _at_least(0)),

@@ -119,9 +119,25 @@ def make_reporter(stream: TextIO | None = None) -> Reporter:
 
 
 def describe(record: dict[str, Any]) -> str:
-    return (
+    text = (
         f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
         f"{record['tokens_per_second']:.0f} tokens/s  {current_rss() / 2**30:.2f} GiB"
+    )
+    if record.get("optim_bytes"):
+        resident, whole = record["optim_resident"] / 2**20, record["optim_bytes"] / 2**20
+        text += f"  state {resident:.0f}/{whole:.0f} MiB in memory"
+    return text
+
+
+def describe_paging(paging: dict[str, Any]) -> str:
+    """What an optimizer's `paging()` came to."""
+    if not paging["bytes"]:
+        return "none of it is paged: no tensor has --optim-paged-from values"
+    moved = paging["moved_in"] + paging["moved_out"]
+    return (
+        f"{paging['bytes'] / 2**20:.1f} MiB paged ({paging['pager']}), "
+        f"{paging['resident'] / 2**20:.1f} MiB of it in memory, {moved / 2**20:.0f} MiB moved, "
+        f"waited {paging['waited']:.1f} s"
     )
 
 

@@ -23,7 +23,7 @@ def capture(
         "identity": dict(identity),
         "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
         "optimizer": optimizer.state_dict(),
-        "random": _random_state(),
+        "random": random_state(),
     }
 
 
@@ -49,9 +49,7 @@ def restore(
                 )
             parameter.copy_(value)
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    set_random_state(state["random"])
     return int(state["step"])
 
 
@@ -74,11 +72,19 @@ def check_same_run(saved: Mapping[str, Any], config: TrainConfig, now: Mapping[s
         )
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Of torch's generators."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """As random_state told it."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _tensor(value: torch.Tensor) -> str:

@@ -31,8 +31,16 @@ from qlora_native.data import Example, fingerprint
 from qlora_native.evaluate import Evaluation, evaluate
 from qlora_native.loss import OutputHead
 from qlora_native.metrics import MetricsLog, describe_environment, peak_rss, write_run
+from qlora_native.paging import with_room
 from qlora_native.progress import Reporter
-from qlora_native.resume import capture, check_same_run, identity, restore
+from qlora_native.resume import (
+    capture,
+    check_same_run,
+    identity,
+    random_state,
+    restore,
+    set_random_state,
+)
 from qlora_native.schedule import Schedule, warmup_steps
 from qlora_native.signals import StopRequest
 
@@ -55,6 +63,7 @@ class TrainResult:
     stopped_by: str | None  # "SIGINT" or "SIGTERM"
     checkpoint: Path | None
     adapter: Path | None  # None when stopped, or without save_adapter
+    paging: dict[str, Any] | None = None  # the optimizer's paging(), if its state is paged
 
 
 def train(
@@ -180,6 +189,7 @@ class Trainer:
             stopped_by=stop.name,
             checkpoint=self.checkpoint,
             adapter=None if stop else self._write_adapter(),
+            paging=self._paging(),
         )
         write_run(self.output / "run.json", described | {"result": asdict(result)})
         return result
@@ -190,14 +200,18 @@ class Trainer:
         self.model.train()
         rate = self.schedule(self.done)
         labelled = sum(batch.labelled for batch in batches)
-        loss = 0.0
-        for batch in batches:
-            losses, _ = self.head.token_losses(batch)
-            part = losses.sum() / labelled
-            loss += (value := part.item())
-            if not math.isfinite(value):
-                raise self._non_finite("loss", value, [batch])
-            torch.autograd.backward(part)
+        random = random_state()
+
+        def undo() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            set_random_state(random)
+
+        loss = with_room(
+            lambda: self._passes(batches, labelled),
+            self.optimizer,
+            undo=undo,
+            say=self.reporter.say,
+        )
         norm = clip_gradients(self.parameters.values(), self.config.max_grad_norm)
         if not math.isfinite(norm):
             raise self._non_finite("gradient's norm", norm, batches)
@@ -218,10 +232,35 @@ class Trainer:
             "labelled": labelled,
             "tokens_per_second": tokens / (time.monotonic() - began),
         }
+        if (paging := self._paging()) is not None:
+            moved = paging["moved_in"] + paging["moved_out"]
+            record |= {
+                "optim_bytes": paging["bytes"],
+                "optim_resident": paging["resident"],
+                "optim_paged_out": paging["paged_out"],
+                "optim_moved": moved,
+                "optim_waited": paging["waited"],
+            }
         if self._due(self.config.log_every) or self.done == self.steps:
             self.log.write(record)
         self.reporter.step(record)
         return loss
+
+    def _passes(self, batches: list[Batch], labelled: int) -> float:
+        """Forward and backward of all; returns their part of the mean loss."""
+        loss = 0.0
+        for batch in batches:
+            losses, _ = self.head.token_losses(batch)
+            part = losses.sum() / labelled
+            loss += (value := part.item())
+            if not math.isfinite(value):
+                raise self._non_finite("loss", value, [batch])
+            torch.autograd.backward(part)
+        return loss
+
+    def _paging(self) -> dict[str, Any] | None:
+        paging = getattr(self.optimizer, "paging", None)
+        return None if paging is None else paging()
 
     def _due(self, every: int | None) -> bool:
         return bool(every and (self.done % every == 0 or self.done == self.steps))
@@ -299,11 +338,21 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch
     }
     if config.optimizer == "torch":
         return torch.optim.AdamW(parameters, **settings)
-    from qlora_native.optim import AdamW, AdamW8bit
+    from qlora_native import optim
 
-    if config.optimizer == "adamw":
-        return AdamW(parameters, **settings)
-    return AdamW8bit(parameters, **settings)
+    if config.optimizer.startswith("paged_"):
+        settings |= {
+            "device_budget": config.optim_memory,
+            "paging_directory": config.optim_directory or None,
+            "min_paged_size": config.optim_paged_from,
+        }
+    make: dict[str, type[torch.optim.Optimizer]] = {
+        "adamw": optim.AdamW,
+        "adamw8bit": optim.AdamW8bit,
+        "paged_adamw": optim.PagedAdamW,
+        "paged_adamw8bit": optim.PagedAdamW8bit,
+    }
+    return make[config.optimizer](parameters, **settings)
 
 
 def clip_gradients(parameters: Any, max_norm: float) -> float:

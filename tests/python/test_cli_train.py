@@ -72,6 +72,26 @@ def test_trains_and_leaves_everything(model_folder: Path, data: Path, tmp_path: 
     PeftModel.from_pretrained(make_llama(), out / "adapter")  # PEFT reads it
 
 
+def test_paged(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """By the short name of the option; the figures stand in the log and in the table."""
+    common = ["--model", model_folder, "--data", data, *COMMON, "--optim", "paged_adamw8bit"]
+    out = tmp_path / "out"
+    code, shown = run(
+        *common, "--output", out, "--steps", 2, "--optim-memory", "auto", "--optim-paged-from", 0,
+        "--optim-directory", "/var/tmp",
+    )  # fmt: skip
+    assert code == 0, shown
+    assert re.search(r"optimizer's state +[\d.]+ MiB paged \(file\)", shown)
+    record = next(r for r in read_metrics(out / "metrics.jsonl") if "loss" in r)
+    assert record["optim_resident"] == record["optim_bytes"] > 0
+    code, shown = run(
+        *common, "--output", tmp_path / "other", "--steps", 1, "--optim-paged-from", 0,
+        "--optim-directory", tmp_path / "none",
+    )  # fmt: skip
+    assert code == 2
+    assert f"no such file or folder: {tmp_path / 'none'}" in shown
+
+
 def test_settings_from_yaml_and_flags(model_folder: Path, data: Path, tmp_path: Path) -> None:
     settings = tmp_path / "settings.yaml"
     settings.write_text(

@@ -55,6 +55,11 @@ def test_the_demo_learns_and_shows_it(
     demo.main(["--threads", "1", "--steps", "1"])  # again, over the earlier one
 
 
+def test_the_demo_pages_its_state(tiny_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo.main(["--threads", "1", "--steps", "2", "--paged"])
+    assert "MiB paged (file), 0.0 MiB of it in memory" in capsys.readouterr().out
+
+
 def test_another_runs_folder_is_left_alone(
     tiny_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,8 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import typer
 
+from qlora_native.paging import is_out_of_memory
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXIT_USER = 2
@@ -32,12 +34,6 @@ _EXTRA_OF = {
     "rich": "cli",
     "matplotlib": "cli",
 }
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-)
 
 
 def one_line_errors(command: Command) -> Command:
@@ -72,13 +68,11 @@ def fail(text: str) -> NoReturn:
 
 def explain(error: BaseException) -> str | None:
     """What the user can do about `error`, or None if it is not theirs to mend."""
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
-    ):
+    if is_out_of_memory(error):
         return (
             f"out of memory ({_first_line(error)}): use a smaller --batch-size or --max-length, "
-            "turn on --gradient-checkpointing, or load in a 16-bit --dtype"
+            "turn on --gradient-checkpointing, load in a 16-bit --dtype, or take "
+            "--optim paged_adamw8bit"
         )
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         extra = _EXTRA_OF.get(error.name.partition(".")[0])

@@ -139,12 +139,15 @@ def _summarize(config: TrainConfig, result: Any, console: Any) -> None:
 
     from qlora_native.metrics import read_metrics
     from qlora_native.plot import plot_loss
+    from qlora_native.progress import describe_paging
 
     rows = [
         ("steps", str(result.steps)),
         ("time", f"{result.seconds:.0f} s, {result.tokens / result.seconds:,.0f} tokens/s"),
         ("peak memory", f"{result.peak_memory / 2**30:.2f} GiB"),
     ]
+    if result.paging is not None:
+        rows.append(("optimizer's state", describe_paging(result.paging)))
     for when, evaluation in (("before", result.before), ("after", result.after)):
         if evaluation is not None:
             value = f"{evaluation.perplexity:.3f} ± {evaluation.perplexity_stderr:.3f}"
@@ -175,7 +178,10 @@ def _options() -> dict[str, tuple[Any, Any]]:
         default: Any = setting.default
         if get_origin(kind) is tuple:
             kind, default = list[str], list(default)
+        also = setting.metadata["also"]
+        names = [f"--{setting.name.replace('_', '-')}", also] if also else []
         option = typer.Option(
+            *names,
             help=setting.metadata["help"],
             rich_help_panel=setting.metadata["panel"],
             show_default=default not in (None, "", []),

@@ -38,12 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default=SETTINGS.output, help="folder for everything written")
     parser.add_argument("--steps", type=int, help="steps to train, in place of one epoch")
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch decides")
+    parser.add_argument(
+        "--paged",
+        action="store_true",
+        help="keep the optimizer's state in a file: it is in memory for its moment of each step",
+    )
     chosen = parser.parse_args(arguments)
     config = dataclasses.replace(
         SETTINGS,
         output=chosen.output,
         steps=chosen.steps,
         threads=chosen.threads,
+        optimizer="paged_adamw8bit" if chosen.paged else SETTINGS.optimizer,
+        optim_memory="0" if chosen.paged else SETTINGS.optim_memory,
+        optim_paged_from=0 if chosen.paged else SETTINGS.optim_paged_from,
         overwrite=chosen.output == SETTINGS.output,  # an earlier demo, but no other run
     )
     run(config)
@@ -159,6 +167,7 @@ def _summarize(config: TrainConfig, result: Any, seconds: float, console: Any) -
 
     from qlora_native.metrics import read_metrics
     from qlora_native.plot import plot_loss
+    from qlora_native.progress import describe_paging
 
     folder = Path(config.output)
     plot = folder / "loss.png"
@@ -170,6 +179,7 @@ def _summarize(config: TrainConfig, result: Any, seconds: float, console: Any) -
         ("training", f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s"),
         ("speed", f"{result.tokens / result.seconds:,.0f} tokens/s, evaluations included"),
         ("peak memory", f"{result.peak_memory / 2**30:.2f} GiB"),
+        *([("optimizer's state", describe_paging(result.paging))] if result.paging else []),
         ("whole demo", f"{seconds:.0f} s"),
         ("loss plot", str(plot)),
         ("answers side by side", str(folder / "answers.md")),

@@ -39,6 +39,15 @@ def parse_budget(value: int | str) -> int | None:
     )
 
 
+def is_budget(value: int | str) -> bool:
+    """Whether parse_budget takes it."""
+    try:
+        parse_budget(value)
+    except ValueError:
+        return False
+    return True
+
+
 def free_for_state(device: torch.device, resident: int) -> int:
     """What "auto" lets the state of this device have now; `resident` bytes of it are there."""
     if device.type == "cuda":
