@@ -192,13 +192,13 @@ def _why_not(
     module = model.get_submodule(name)
     if is_experts(module):
         return _why_not_experts(module, name, skipped, blocksize)
-    why = _why_not_itself(module, name, skipped)
+    why = why_not_itself(module, name, skipped)
     if why is not None or not shared_with or not is_linear(model.get_submodule(name)):
         return why
     for other in shared_with:
         if is_conv1d(model.get_submodule(other)) != is_conv1d(model.get_submodule(name)):
             return f"its weight is that of {other}, transposed"
-        if _why_not_itself(model.get_submodule(other), other, skipped) is not None:
+        if why_not_itself(model.get_submodule(other), other, skipped) is not None:
             return f"its weight is tied to {other}, which is not quantized"
     return None
 
@@ -218,7 +218,7 @@ def _why_not_experts(
     return None
 
 
-def _why_not_itself(module: nn.Module, name: str, skipped: Sequence[str]) -> str | None:
+def why_not_itself(module: nn.Module, name: str, skipped: Sequence[str]) -> str | None:
     if isinstance(module, nn.Embedding):
         return "an embedding: looked up, not multiplied"
     if not isinstance(module, nn.Linear) and not is_conv1d(module):

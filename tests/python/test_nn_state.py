@@ -131,6 +131,21 @@ def test_deepcopy_pickle_and_torch_save(kind):
     assert copy.copy(layer).weight is layer.weight
 
 
+def _forward_elsewhere(layer, x, answer):
+    answer.put(layer(x).detach().numpy())
+
+
+def test_a_layer_goes_to_a_spawned_process():
+    layer, x = make_layer(QLoRALinear), torch.randn(2, 96)
+    context = torch.multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=_forward_elsewhere, args=(layer, x, answer))
+    process.start()
+    got = torch.from_numpy(answer.get(timeout=60))
+    process.join()
+    assert torch.equal(got, layer(x))
+
+
 @KINDS
 def test_meta_device(kind):
     layer = make_layer(kind, device="meta")
