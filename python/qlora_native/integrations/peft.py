@@ -29,9 +29,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from qlora_native import autograd
+from qlora_native.experts import StackedLinear4bit
 from qlora_native.integrations.versions import check
 from qlora_native.linear import Linear4bit
 from qlora_native.lora import QLoRALinear
+from qlora_native.model import quantized_layers
 from qlora_native.quant_state import WEIGHT_DTYPES, QuantState
 from qlora_native.targets import ALL_LINEAR, output_embedding_names
 
@@ -251,7 +253,8 @@ def _dispatch_before(dispatch: Any) -> Any:
         target: nn.Module, adapter_name: str, config: Any, **kwargs: Any
     ) -> Any:
         base = getattr(target, "base_layer", target)
-        if isinstance(base, Linear4bit) and kwargs.get("parameter_name") is None:
+        is_linear = isinstance(base, Linear4bit) and not isinstance(base, StackedLinear4bit)
+        if is_linear and kwargs.get("parameter_name") is None:
             kwargs.pop("parameter_name", None)
             return LoraLinear4bit(target, adapter_name, config=config, **kwargs)
         return dispatch(target, adapter_name, config=config, **kwargs)
@@ -274,10 +277,8 @@ def _including_linear_4bit(include: Any) -> Any:
             )
             peft_config.target_modules |= {
                 name
-                for name, module in model.named_modules()
-                if isinstance(module, Linear4bit)
-                and name not in never
-                and not name.startswith(inside)
+                for name, _ in quantized_layers(model)
+                if name not in never and not name.startswith(inside)
             }
         return peft_config
 
@@ -307,7 +308,7 @@ def _counting_linear_4bit(count: Any) -> Any:
     def with_linear_4bit(self: nn.Module) -> tuple[int, int]:
         trainable, total = count(self)
         layers = {id(layer): layer for layer in self.modules() if isinstance(layer, Linear4bit)}
-        return trainable, total + sum(n.in_features * n.out_features for n in layers.values())
+        return trainable, total + sum(layer.quant_state.shape.numel() for layer in layers.values())
 
     return with_linear_4bit
 
