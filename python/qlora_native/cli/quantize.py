@@ -28,6 +28,12 @@ def quantize(
     blocksize: BlocksizeOption = 64,
     double_quant: DoubleQuantOption = True,
     dtype: PrecisionOption = "auto",
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize", help="Go on with weights that GPTQ or AWQ has quantized already."
+        ),
+    ] = False,
     threads: ThreadsOption = None,
     config: ConfigFile = None,
 ) -> None:
@@ -56,6 +62,7 @@ def quantize(
             format=format,
             blocksize=blocksize,
             double_quant=double_quant,
+            requantize=requantize,
             cost=cost,
         )
         if not cost.layers:

@@ -4,11 +4,12 @@ At any moment memory holds what is loaded so far, in its final form, and one ten
 it. Tensors are taken in the order of the files. A weight is quantized from the file's own dtype
 (not from `dtype`: rounding to 16 bits first would cost accuracy); everything else is cast to
 `dtype`. A folder that bitsandbytes or `save_quantized` wrote has packed weights, which are taken as
-they are.
+they are. FP8 weights are decoded; so are GPTQ's and AWQ's where `settings.requantize` allows it.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 
 from qlora_native.experts import Experts4bit, StackedLinear4bit, is_experts, stored_shape
 from qlora_native.linear import Linear4bit
+from qlora_native.loading import fp8, packed_integers
 from qlora_native.loading.checkpoint_index import CheckpointIndex
 from qlora_native.loading.cost import QuantizationCost
+from qlora_native.loading.encoded import DecodedIndex
 from qlora_native.loading.errors import CheckpointError
 from qlora_native.loading.hf import hf
-from qlora_native.loading.settings import QuantSettings, check_stored_quantization
+from qlora_native.loading.settings import QuantSettings
 from qlora_native.loading.skeleton import (
     Fusion,
     Model,
@@ -30,6 +33,14 @@ from qlora_native.loading.skeleton import (
     names_in_model,
     put_tensor,
     read_config,
+)
+from qlora_native.loading.stored_form import (
+    BITSANDBYTES,
+    FLOAT,
+    FP8,
+    StoredForm,
+    refuse_again,
+    stored_form,
 )
 from qlora_native.quant_state import WEIGHT_DTYPES, QuantState
 
@@ -58,17 +69,57 @@ def load_folder(
     for weights that another method has quantized.
     """
     config = read_config(folder)
-    is_packed = check_stored_quantization(getattr(config, "quantization_config", None), str(folder))
-    if is_packed:
+    form = stored_form(getattr(config, "quantization_config", None), str(folder))
+    if form.method != FLOAT:
         del config.quantization_config  # `save_quantized` writes it; a merged model has none
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    with CheckpointIndex(folder) as index:
+    is_again = form.is_integer and settings is not None
+    with CheckpointIndex(folder) as files:
+        index = _decoded(files, form)
+        if is_again and settings is not None:
+            cost = cost or QuantizationCost()
+            if not settings.requantize:
+                refuse_again(form, str(folder), _loss_of_one(index, settings))
         # Packed weights tell themselves which linears are 4-bit ones.
-        model = build_skeleton(config, dtype, None if is_packed else settings)
+        model = build_skeleton(config, dtype, None if form.method == BITSANDBYTES else settings)
         _Filling(model, index, dtype, strict, cost).run()
+    if is_again and cost is not None:
+        warnings.warn(
+            f"{folder} was quantized by {form.method.upper()} and now to 4 bits again: that moved "
+            f"its weights by {cost.relative_error:.2%} (relative error), beyond what they had lost",
+            stacklevel=2,
+        )
     model.name_or_path = config._name_or_path = str(folder)
     _read_generation_config(model, folder)
     return model
+
+
+def _decoded(files: CheckpointIndex, form: StoredForm) -> CheckpointIndex | DecodedIndex:
+    """The files' tensors, those that another method has encoded as floats."""
+    if form.method == FP8:
+        return fp8.decode_index(files, form)
+    return packed_integers.decode_index(files, form) if form.is_integer else files
+
+
+def _loss_of_one(index: CheckpointIndex | DecodedIndex, settings: QuantSettings) -> str:
+    """What quantizing the first encoded weight again would cost, for a message."""
+    name = next(
+        (n for n in index.names() if isinstance(index, DecodedIndex) and n in index.encoded), ""
+    )
+    if not name:
+        return ""
+    weight = index.read(name)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    layer = Linear4bit.from_linear(
+        linear,
+        format=settings.format,
+        blocksize=settings.blocksize,
+        double_quant=settings.double_quant,
+    )
+    cost = QuantizationCost()
+    cost.add(name, weight, layer)
+    return f": {name!r} would move by {cost.relative_error:.2%} (relative error)"
 
 
 class _Filling:
@@ -77,7 +128,7 @@ class _Filling:
     def __init__(
         self,
         model: Model,
-        index: CheckpointIndex,
+        index: CheckpointIndex | DecodedIndex,
         dtype: torch.dtype,
         strict: bool,
         cost: QuantizationCost | None,

@@ -15,9 +15,10 @@ from qlora_native.loading.errors import CheckpointError
 from qlora_native.loading.gguf_source import load_gguf, read_gguf_config
 from qlora_native.loading.hf import hf
 from qlora_native.loading.hf_folder import load_folder
-from qlora_native.loading.settings import QuantSettings, check_stored_quantization
+from qlora_native.loading.settings import QuantSettings
 from qlora_native.loading.skeleton import Model, build_skeleton, read_config
 from qlora_native.loading.sources import locate
+from qlora_native.loading.stored_form import refuse_again, stored_form
 from qlora_native.model import quantize as quantize_model
 
 
@@ -32,15 +33,16 @@ def load_model(
     quantize: bool = True,
     skip: Sequence[str] = ("lm_head",),
     strict: bool = True,
+    requantize: bool = False,
     cost: QuantizationCost | None = None,
 ) -> tuple[Model, Any]:
     """Load a causal language model with 4-bit linears, and its tokenizer.
 
     Args:
         source: a Hugging Face folder of safetensors; a quantized folder (ours or bitsandbytes'),
-            whose own format then stands; a `.gguf` file; "demo" or the name of an installed package
-            that holds one GGUF file; or the name of a model on the Hugging Face Hub (`owner/name`),
-            which is downloaded once.
+            whose own format then stands; a folder of FP8 weights, which are decoded; a `.gguf`
+            file; "demo" or the name of an installed package that holds one GGUF file; or the name
+            of a model on the Hugging Face Hub (`owner/name`), which is downloaded once.
         dtype: dtype of what is not quantized, and so of the activations. None: the source's own
             (GGUF: float32).
         format, blocksize, double_quant: how linears are quantized, see `functional.quantize_4bit`.
@@ -50,6 +52,9 @@ def load_model(
         quantize: False loads the model un-quantized, in `dtype`.
         skip: names of modules that are left un-quantized.
         strict: refuse a folder that holds tensors which its config does not ask for.
+        requantize: quantize weights that GPTQ or AWQ has quantized already, which compounds the
+            loss; a warning gives the relative error. Otherwise they are refused, unless quantize
+            is False.
         cost: is told what quantizing each weight costs; nothing is taken from the cache then.
 
     Returns:
@@ -61,7 +66,9 @@ def load_model(
         ModuleNotFoundError: transformers (extra `hf`) is not installed.
     """
     path = locate(source)
-    settings = QuantSettings(format, blocksize, double_quant, tuple(skip)) if quantize else None
+    settings = None
+    if quantize:
+        settings = QuantSettings(format, blocksize, double_quant, tuple(skip), requantize)
     if settings is None or cost is not None or (cache_dir is None and path.is_dir()):
         return _load(path, dtype, settings, strict, cost)
     directory = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
@@ -117,7 +124,9 @@ def outline(source: str | Path, dtype: torch.dtype, settings: QuantSettings) -> 
     """The 4-bit model that `load_model` would give, on the meta device: no weight is read."""
     path = locate(source)
     config = read_config(path) if path.is_dir() else read_gguf_config(path)
-    check_stored_quantization(getattr(config, "quantization_config", None), str(path))
+    form = stored_form(getattr(config, "quantization_config", None), str(path))
+    if form.is_integer and not settings.requantize:
+        refuse_again(form, str(path))
     return build_skeleton(config, dtype, settings).requires_grad_(False)
 
 

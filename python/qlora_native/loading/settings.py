@@ -1,4 +1,4 @@
-"""How a model's linears are to be quantized, and how a folder says that they already are."""
+"""How a model's linears are to be quantized, and how a folder says that they have been."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from qlora_native.loading.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -18,24 +16,7 @@ class QuantSettings:
     blocksize: int = 64
     double_quant: bool = True
     skip: tuple[str, ...] = ("lm_head",)
-
-
-def check_stored_quantization(quantization: dict[str, Any] | Any | None, where: str) -> bool:
-    """Whether `quantization_config` is bitsandbytes' 4-bit form; False where it is absent."""
-    if not quantization:
-        return False
-    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = str(
-        values.get("quant_method", "bitsandbytes" if "load_in_4bit" in values else "unknown")
-    )
-    if method == "bitsandbytes" and values.get("load_in_4bit"):
-        return True
-    kind = "8-bit bitsandbytes" if method == "bitsandbytes" else method.upper()
-    raise CheckpointError(
-        f"{where} is already quantized by {kind}, which cannot be read: only bitsandbytes' 4-bit "
-        "form can; "
-        "take the original, un-quantized model, which is quantized while it loads"
-    )
+    requantize: bool = False  # weights that GPTQ or AWQ has rounded once already
 
 
 def bitsandbytes_config(settings: QuantSettings, dtype: torch.dtype) -> dict[str, Any]:
