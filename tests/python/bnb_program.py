@@ -94,6 +94,8 @@ def main(folder: Path, out: Path) -> None:
     results["losses, 8-bit"] = train(model, out / "8bit", "adamw_8bit")
     half = str(out / "8bit" / f"checkpoint-{STEPS // 2}")
     model = with_adapter(quantized(folder))
+    results["losses, paged"] = train(model, out / "paged", "paged_adamw_32bit")
+    model = with_adapter(quantized(folder))
     results["losses, resumed"] = train(
         model, out / "resumed", "adamw_8bit", resume_from_checkpoint=half
     )

@@ -196,3 +196,39 @@ def test_errors_name_the_setting(make, error, message):
 def test_sgd_warns_of_what_the_package_ignores():
     with pytest.warns(UserWarning, match="nesterov"):
         ours.optim.SGD(parameters(torch.float32), 0.1, momentum=0.9, nesterov=True)
+
+
+# ---- paged ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "plain"),
+    [
+        (lambda p: ours.optim.PagedAdamW8bit(p), "AdamW8bit"),
+        (lambda p: ours.optim.PagedAdamW32bit(p), "AdamW"),
+        (lambda p: ours.optim.AdamW(p, optim_bits=8, is_paged=True), "AdamW8bit"),
+        (lambda p: ours.optim.PagedLion8bit(p), "Lion8bit"),
+        (lambda p: ours.optim.PagedAdam(p), "Adam"),
+    ],
+)
+def test_paged_state_gives_the_plain_ones_bits(make, plain):
+    lists = [[torch.nn.Parameter(torch.ones(400, 300)), *parameters(torch.float32)] for _ in "ab"]
+    pair = [make(lists[0]), getattr(ours.optim, plain)(lists[1])]
+    steps(pair, 2)
+    assert distance(*lists) == 0.0
+    assert pair[0].is_paged and pair[0].paging()["pager"] == "file"
+    assert not pair[1].is_paged and pair[1].paging()["pager"] is None
+    again = make(copy.deepcopy(lists[0]))
+    again.load_state_dict(through_a_file(pair[1].state_dict()))
+    assert again.paging()["bytes"] == pair[0].paging()["bytes"] > 0
+    steps((again, pair[1]), 1)
+    assert distance([p for g in again.param_groups for p in g["params"]], lists[1]) == 0.0
+
+
+def test_a_copy_goes_on_as_its_model():
+    params = parameters(torch.float32)
+    optimizer = ours.optim.AdamW8bit(params, lr=1e-2)
+    steps([optimizer], 1)
+    twin = copy.deepcopy(optimizer)
+    steps([optimizer, twin], 1)
+    assert distance(params, twin.param_groups[0]["params"]) == 0.0

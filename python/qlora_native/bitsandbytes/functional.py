@@ -39,7 +39,7 @@ __all__ = [
 
 _OTHER_MAPS = "only the dynamic maps and NF4 and FP4 have kernels"
 _OPTIMIZER = "the optimizers' steps are ops of many tensors, in qlora_native.ops"
-_PAGES = "paged memory is in qlora_native.optim, where it is built"
+_PAGES = "paged memory is qlora_native._core.PagedBuffer; the paged optimizers use it"
 
 __getattr__ = attributes(
     __name__,

@@ -12,7 +12,6 @@ from torch.optim.optimizer import ParamsT
 
 from qlora_native import ops
 from qlora_native.bitsandbytes.optim.optimizer import Optimizer8bit
-from qlora_native.bitsandbytes.optim.paged import not_yet
 from qlora_native.optim.native import check_betas, check_not_negative, refuse
 
 
@@ -67,7 +66,7 @@ class Adam(AdamRule):
         amsgrad: must be False.
         optim_bits: 32, or 8 in tensors of at least min_8bit_size values.
         args: an object with optim_bits, min_8bit_size, max_unorm (0) and skip_zeros (False).
-        is_paged: must be False.
+        is_paged: let large tensors' state give way (qlora_native.optim.PagedAdamW).
 
     Raises:
         ValueError, TypeError: a setting is out of its range, or a parameter of another kind.
@@ -87,6 +86,19 @@ class Adam32bit(Adam):
     fixed_bits = 32
 
 
-PagedAdam = not_yet("PagedAdam", __name__, Adam)
-PagedAdam8bit = not_yet("PagedAdam8bit", __name__, Adam8bit)
-PagedAdam32bit = not_yet("PagedAdam32bit", __name__, Adam32bit)
+class PagedAdam(Adam):
+    """Adam with paged state."""
+
+    always_paged = True
+
+
+class PagedAdam8bit(Adam8bit):
+    """Adam8bit with paged state."""
+
+    always_paged = True
+
+
+class PagedAdam32bit(Adam32bit):
+    """Adam32bit with paged state."""
+
+    always_paged = True

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from qlora_native.bitsandbytes.optim.adam import AdamRule
-from qlora_native.bitsandbytes.optim.paged import not_yet
 
 
 class AdamW(AdamRule):
@@ -44,6 +43,19 @@ class AdamW32bit(AdamW):
     fixed_bits = 32
 
 
-PagedAdamW = not_yet("PagedAdamW", __name__, AdamW)
-PagedAdamW8bit = not_yet("PagedAdamW8bit", __name__, AdamW8bit)
-PagedAdamW32bit = not_yet("PagedAdamW32bit", __name__, AdamW32bit)
+class PagedAdamW(AdamW):
+    """AdamW with paged state."""
+
+    always_paged = True
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """AdamW8bit with paged state."""
+
+    always_paged = True
+
+
+class PagedAdamW32bit(AdamW32bit):
+    """AdamW32bit with paged state."""
+
+    always_paged = True

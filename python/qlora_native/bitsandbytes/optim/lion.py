@@ -9,7 +9,6 @@ from torch.optim.optimizer import ParamsT
 
 from qlora_native import ops
 from qlora_native.bitsandbytes.optim.optimizer import Optimizer8bit
-from qlora_native.bitsandbytes.optim.paged import not_yet
 from qlora_native.optim.native import check_betas
 
 
@@ -63,6 +62,19 @@ class Lion32bit(Lion):
     fixed_bits = 32
 
 
-PagedLion = not_yet("PagedLion", __name__, Lion)
-PagedLion8bit = not_yet("PagedLion8bit", __name__, Lion8bit)
-PagedLion32bit = not_yet("PagedLion32bit", __name__, Lion32bit)
+class PagedLion(Lion):
+    """Lion with paged state."""
+
+    always_paged = True
+
+
+class PagedLion8bit(Lion8bit):
+    """Lion8bit with paged state."""
+
+    always_paged = True
+
+
+class PagedLion32bit(Lion32bit):
+    """Lion32bit with paged state."""
+
+    always_paged = True

@@ -8,6 +8,7 @@ not quite on a CPU (docs/numerics.md).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,12 +18,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from qlora_native.bitsandbytes._missing import refuse
-from qlora_native.bitsandbytes.maps import dynamic_map, sign_of
+from qlora_native.bitsandbytes.maps import dynamic_map
 from qlora_native.bitsandbytes.optim.manager import GlobalOptimManager
-from qlora_native.optim.native import Layout, NativeOptimizer
+from qlora_native.optim.native import Layout
+from qlora_native.optim.paged_state import MIN_PAGED_SIZE, PagedState
 
 
-class Optimizer8bit(NativeOptimizer):
+class Optimizer8bit(PagedState):
     """The base of all of them: state of 32 bits, or of 8 in tensors of min_8bit_size values.
 
     Args:
@@ -30,7 +32,8 @@ class Optimizer8bit(NativeOptimizer):
         optim_bits: 32 or 8.
         args: an object with optim_bits, min_8bit_size, max_unorm and skip_zeros; the last two
             must be 0 and False.
-        is_paged: must be False.
+        is_paged: state of tensors with 100,000 values or more gives way (qlora_native.optim's
+            PagedState), on a CPU to a file, where bitsandbytes keeps it in memory.
     """
 
     counters = ("step",)
@@ -43,8 +46,9 @@ class Optimizer8bit(NativeOptimizer):
     # Whether the map of each moment has negative values, in moments' order.
     signs: ClassVar[tuple[bool, ...]]
 
-    # The bits that a class's name promises.
+    # What a class's name promises: its bits, and that its state is paged.
     fixed_bits: ClassVar[int | None] = None
+    always_paged: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -55,8 +59,6 @@ class Optimizer8bit(NativeOptimizer):
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
-        if is_paged:
-            refuse("paged optimizer yet", "pass is_paged=False, or take the class without Paged")
         bits = optim_bits
         if self.fixed_bits is not None:
             if optim_bits != 32:  # the default of a signature that some of them share
@@ -69,10 +71,11 @@ class Optimizer8bit(NativeOptimizer):
             optim_bits=bits, min_8bit_size=min_8bit_size, max_unorm=0.0, skip_zeros=False
         )
         self.mng = GlobalOptimManager.get_instance()
-        self.is_paged = False
+        self.is_paged = is_paged or self.always_paged
         self.initialized = False
         _check_args(vars(self.args))
-        super().__init__(params, defaults)
+        least = MIN_PAGED_SIZE if self.is_paged else sys.maxsize
+        super().__init__(params, defaults, min_paged_size=least)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; what is not contiguous is made so, as bitsandbytes does in its step."""
@@ -145,24 +148,24 @@ class Optimizer8bit(NativeOptimizer):
         """
         if not move_to_device:
             raise ValueError("move_to_device must be True: a step needs its state on its device")
-        key = self._FSDP_WRAPPED_QUANT_STATE_KEY
-        states = {
-            i: {**{k: v for k, v in state.items() if k != key}, **state.get(key, {})}
-            for i, state in state_dict["state"].items()
-        }
-        super().load_state_dict({**state_dict, "state": states})
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "args": self.args, "is_paged": self.is_paged}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own: dict[str, Any] = {key: state[key] for key in ("args", "is_paged") if key in state}
+        if own:  # load_state_dict gives none
+            self.__dict__.update(own, mng=GlobalOptimManager.get_instance(), initialized=False)
+        super().__setstate__({key: value for key, value in state.items() if key not in own})
 
     def _read_param_state(
         self, param: Tensor, group: dict[str, Any], saved: dict[str, Any], name: str
     ) -> tuple[Layout, dict[str, Any]]:
-        maps = {key: value for key, value in saved.items() if key.startswith("qmap")}
-        for key, value in maps.items():
-            if sign_of(value) is not self.signs[int(key.removeprefix("qmap")) - 1]:
-                raise ValueError(f"{name}[{key!r}] must be the dynamic map of that moment")
-        rest = {key: value for key, value in saved.items() if key not in maps}
         # The state's kind is the saved one's: what the manager overrides may be told later.
-        kind = {"optim_bits": 8 if "absmax1" in rest else 32, "min_8bit_size": 0}
-        return super()._read_param_state(param, {**group, **kind}, rest, name)
+        keys = {*saved, *saved.get(self._FSDP_WRAPPED_QUANT_STATE_KEY, {})}
+        kind = {"optim_bits": 8 if "absmax1" in keys else 32, "min_8bit_size": 0}
+        return super()._read_param_state(param, {**group, **kind}, saved, name)
 
 
 def _check_args(args: dict[str, Any]) -> None:
