@@ -49,6 +49,12 @@ bool tiles_serve_backward(const Case& c) {
   return tiles_serve(c.dtype, c.weight->rows, *c.weight, c.activations);
 }
 
+// Its tiles are large: a multiprocessor without one does nothing at all.
+bool fills_wgmma(const Case& c) {
+  const bool forward = c.direction == Direction::forward;
+  return wgmma_fills(c.m, forward ? c.weight->rows : c.weight->cols);
+}
+
 bool wgmma_serves_forward(const Case& c) {
   return wgmma_serves(c.dtype, c.weight->cols, *c.weight, c.activations);
 }
@@ -72,11 +78,12 @@ constexpr Way<LinearBackwardInputParams> kBackwardWays[] = {
     {"plain", any_case, backward_input_plain},
 };
 
-// The first row that holds for a case, and whose way serves it, is taken.
+// The first row that holds for a case and suits it, and whose way serves it, is taken.
 struct Choice {
   std::string_view way;
   int from_architecture = 0;  // 80, 90, …
   std::int64_t to_m = std::numeric_limits<std::int64_t>::max();
+  bool (*suits)(const Case&) = any_case;
   std::string_view reason;
 };
 
@@ -89,9 +96,12 @@ constexpr Choice kForwardChoices[] = {
     {.way = "wgmma",
      .from_architecture = 90,
      .to_m = 1024,
-     .reason = "as tiles, at wgmma's rate; what the plain way adds to torch's product falls with "
-               "M, some 28 % at 1024 rows and 14 % at 2048, and a kernel that dequantizes as it "
-               "goes must come that near to torch's"},
+     .suits = fills_wgmma,
+     .reason =
+         "as tiles, at wgmma's rate, where its tiles of 128 x 256 keep half of the "
+         "multiprocessors busy; what the plain way adds to torch's product falls with M, some "
+         "28 % at 1024 rows and 14 % at 2048, and a kernel that dequantizes as it goes must "
+         "come that near to torch's"},
     {.way = "tiles",
      .from_architecture = 80,
      .to_m = 512,
@@ -111,8 +121,8 @@ constexpr Choice kBackwardChoices[] = {
     {.way = "wgmma",
      .from_architecture = 90,
      .to_m = 1024,
-     .reason = "as in the forward direction; its tiles of 128 rows are not filled by fewer, but "
-               "neither are those of the other ways"},
+     .suits = fills_wgmma,
+     .reason = "as in the forward direction"},
     {.way = "tiles",
      .from_architecture = 80,
      .to_m = 512,
@@ -139,7 +149,8 @@ constexpr bool complete(const Way<Params> (&ways)[kWays], const Choice (&choices
     if (!found || choice.reason.empty()) return false;
   }
   const Choice& last = choices[kChoices - 1];
-  return last.from_architecture == 0 && last.to_m == std::numeric_limits<std::int64_t>::max();
+  return last.from_architecture == 0 && last.to_m == std::numeric_limits<std::int64_t>::max() &&
+         last.suits == any_case;
 }
 static_assert(complete(kForwardWays, kForwardChoices));
 static_assert(complete(kBackwardWays, kBackwardChoices));
@@ -212,7 +223,7 @@ Status run(const Way<Params> (&ways)[kWays], const Choice (&choices)[kChoices], 
   int number = 0;
   if (const Status status = architecture(&number); !status.ok()) return status;
   for (const Choice& choice : choices) {
-    if (number < choice.from_architecture || c.m > choice.to_m) continue;
+    if (number < choice.from_architecture || c.m > choice.to_m || !choice.suits(c)) continue;
     const auto* way = find(ways, choice.way);
     if (way->serves(c)) return take(*way);
   }

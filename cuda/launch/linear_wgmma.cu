@@ -38,6 +38,12 @@ bool wgmma_serves(DType dtype, std::int64_t depth, const Weight4bit& weight,
          tiles_serve(dtype, depth, weight, activations);
 }
 
+bool wgmma_fills(std::int64_t m, std::int64_t columns) {
+  int processors = 0;
+  const std::int64_t tiles = ceil_div(m, kWgmmaTileRows) * ceil_div(columns, kWgmmaTileColumns);
+  return multiprocessors(&processors).ok() && 2 * tiles >= processors;
+}
+
 Status linear_wgmma(const LinearParams& p, const LoraTerm* lora, const Context& context) {
   return launch_product<DepthOfRight::along_rows>(product_of(p), lora, context);
 }

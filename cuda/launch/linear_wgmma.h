@@ -11,4 +11,7 @@ namespace qlora::cuda {
 [[nodiscard]] bool wgmma_serves(DType dtype, std::int64_t depth, const Weight4bit& weight,
                                 const void* activations);
 
+// Whether the tiles of a result [m, columns] are at least half as many as the multiprocessors.
+[[nodiscard]] bool wgmma_fills(std::int64_t m, std::int64_t columns);
+
 }  // namespace qlora::cuda

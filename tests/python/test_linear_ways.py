@@ -105,6 +105,36 @@ def test_a_view_that_begins_anywhere(force_way: ForceWay, way: str, offset: int)
     assert_forward(y, x, weight, None)
 
 
+# The table that is shipped: by architecture, rows, and whether tiles fill the card.
+@pytest.mark.parametrize(
+    ("architecture", "m", "abundant", "forward", "backward"),
+    [
+        pytest.param(75, 20, False, "plain", "plain", id="sm_75"),
+        pytest.param(80, 20, False, "few_rows", "tiles", id="few rows"),
+        pytest.param(80, 100, False, "tiles", "tiles", id="sm_80"),
+        pytest.param(80, 520, False, "plain", "plain", id="many rows"),
+        pytest.param(90, 100, False, "wgmma", "wgmma", id="Hopper"),
+        pytest.param(90, 520, False, "wgmma", "wgmma", id="Hopper, many rows"),
+        pytest.param(90, 1030, False, "plain", "plain", id="Hopper, more rows"),
+        pytest.param(90, 100, True, "tiles", "tiles", id="Hopper, too few tiles"),
+        pytest.param(100, 100, False, "tiles", "tiles", id="Blackwell"),
+    ],
+)
+def test_the_table(
+    force_way: ForceWay, architecture: int, m: int, abundant: bool, forward: str, backward: str
+) -> None:
+    case = Case(n=8, k=32, m=(), blocksize=32)
+    weight = make_weight(case)
+    emulation.set_architecture(architecture)
+    emulation.only_ends(1000 if abundant else 0)  # a card of very many multiprocessors
+    x, grad = (rand(m, d, seed=5, dtype=torch.bfloat16) for d in (case.k, case.n))
+    ops.linear_4bit(x, *weight.parts, case.n, case.blocksize, case.format, None)
+    ops.linear_4bit_backward_input(grad, *weight.parts, case.k, case.blocksize, case.format)
+    emulation.only_ends(0)
+    assert emulation.last_way("forward") == forward
+    assert emulation.last_way("backward_input") == backward
+
+
 def test_a_way_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="no such way: 'by hand'"):
         emulation.force_way("forward", "by hand")
