@@ -105,3 +105,56 @@ def test_adamw_8bit(emulated: None, part: slice) -> None:
     assert torch.equal(param[part], want[0])
     for tensor, place, wanted in zip(state, at, want[1:], strict=True):
         assert torch.equal(tensor[place], wanted)
+
+
+# A product whose weight and result's columns pass 2^31 elements and 2^25: columns of the result are
+# its rows in the forward product, its columns in the gradient. Either end has two tiles of 128.
+COLUMNS = 2**25 + 320
+DEPTH = 64
+ROWS = 3
+ENDS_OF_COLUMNS = [
+    pytest.param(slice(0, 256), id="near"),
+    pytest.param(slice(2**25 + 128, COLUMNS), id="far"),
+]
+
+
+@pytest.fixture(params=["tiles", "wgmma"])
+def way(request: pytest.FixtureRequest, emulated: None) -> Iterator[None]:
+    emulation.set_architecture(90)
+    for direction in ("forward", "backward_input"):
+        emulation.force_way(direction, request.param)
+    yield
+    for direction in ("forward", "backward_input"):
+        emulation.force_way(direction, None)
+    emulation.set_architecture(80)
+
+
+@pytest.mark.parametrize("part", ENDS_OF_COLUMNS)
+def test_the_forward_product(way: None, part: slice) -> None:
+    packed = sparse(COLUMNS * DEPTH // 2, torch.uint8).view(COLUMNS, DEPTH // 2)
+    absmax = sparse(COLUMNS * DEPTH // 64, torch.float32).view(COLUMNS, DEPTH // 64)
+    for end in (slice(0, 512), slice(2**25, COLUMNS)):
+        packed[end].random_(256)
+        absmax[end].uniform_(0.5, 1)
+    x = torch.randn(ROWS, DEPTH).bfloat16()
+    y = ops.linear_4bit(x, packed.flatten(), absmax.flatten(), None, None, COLUMNS)
+    emulation.only_ends(0)
+    parts = packed[part].flatten(), absmax[part].flatten(), None, None
+    assert torch.equal(y[:, part], ops.linear_4bit(x, *parts, part.stop - part.start))
+
+
+@pytest.mark.parametrize("part", ENDS_OF_COLUMNS)
+def test_the_gradient_of_the_input(way: None, part: slice) -> None:
+    packed = sparse(COLUMNS * DEPTH // 2, torch.uint8).view(DEPTH, COLUMNS // 2)
+    absmax = sparse(COLUMNS * DEPTH // 64, torch.float32).view(DEPTH, COLUMNS // 64)
+    for end in (slice(0, 512), slice(2**25, COLUMNS)):
+        packed[:, part_of(end, 2)].random_(256)
+        absmax[:, part_of(end, 64)].uniform_(0.5, 1)
+    grad = torch.randn(ROWS, DEPTH).bfloat16()
+    grad_x = ops.linear_4bit_backward_input(
+        grad, packed.flatten(), absmax.flatten(), None, None, COLUMNS
+    )
+    emulation.only_ends(0)
+    parts = packed[:, part_of(part, 2)].flatten(), absmax[:, part_of(part, 64)].flatten()
+    want = ops.linear_4bit_backward_input(grad, *parts, None, None, part.stop - part.start)
+    assert torch.equal(grad_x[:, part], want)
