@@ -11,7 +11,7 @@ bitsandbytes' parametrized parameters do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -129,16 +129,25 @@ class Experts4bit(nn.Module):
             name: what errors call the module.
             quant: format, blocksize, double_quant, scale_rounding, as StackedLinear4bit has them.
         """
+        made = {}
+        for stack, parameter in stacks(experts):
+            weight = as_rows(experts, parameter.detach())
+            made[stack] = StackedLinear4bit.from_stack(weight, name=f"{name}.{stack}", **quant)
+        return cls.from_stacks(experts, made)
+
+    @classmethod
+    def from_stacks(
+        cls, experts: nn.Module, stacks: Mapping[str, StackedLinear4bit]
+    ) -> Experts4bit:
+        """An experts module on these quantized stacks, its parameters' names their names."""
         layer = cls.__new__(cls)
         layer._take(experts)
         layer.experts_class = type(experts)
-        for stack, parameter in stacks(experts):
-            weight = parameter.detach()
-            weight = weight.mT.contiguous() if experts.is_transposed else weight
-            new = StackedLinear4bit.from_stack(weight, name=f"{name}.{stack}", **quant)
-            new.fan_in_fan_out = bool(experts.is_transposed)
-            del layer._parameters[stack]
-            layer.add_module(stack, new)
+        for name, stack in stacks.items():
+            stack.fan_in_fan_out = bool(experts.is_transposed)
+            stack.training = experts.training
+            del layer._parameters[name]
+            layer.add_module(name, stack)
         return layer
 
     def to_module(self, dtype: torch.dtype) -> nn.Module:
@@ -224,6 +233,11 @@ def stacks(experts: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The experts' stacked parameters by name."""
     own = experts._parameters
     return [(name, p) for name in STACKS if (p := own.get(name)) is not None and p.dim() == 3]
+
+
+def as_rows(experts: nn.Module, weight: Tensor) -> Tensor:
+    """A stack as its module stores it, as [experts, out, in]."""
+    return weight.mT.contiguous() if experts.is_transposed else weight
 
 
 def why_not_stacked(shape: torch.Size, blocksize: int) -> str | None:

@@ -191,7 +191,7 @@ def _why_not(
     """Why the module of this name, if it has a matrix, is not quantized; None if it is."""
     module = model.get_submodule(name)
     if is_experts(module):
-        return _why_not_experts(module, name, skipped, blocksize)
+        return why_not_experts(module, name, skipped, blocksize)
     why = why_not_itself(module, name, skipped)
     if why is not None or not shared_with or not is_linear(model.get_submodule(name)):
         return why
@@ -203,9 +203,10 @@ def _why_not(
     return None
 
 
-def _why_not_experts(
+def why_not_experts(
     experts: nn.Module, name: str, skipped: Sequence[str], blocksize: int
 ) -> str | None:
+    """Why this experts module (is_experts) is not quantized, or None."""
     for stack, parameter in stacks(experts):
         for entry in skipped:
             if has_parts(f"{name}.{stack}", entry):

@@ -88,11 +88,11 @@ def test_layers_that_cannot_be_quantized_are_told(tmp_path, caplog):
     )  # fmt: skip
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
-        model = load(tmp_path, ours.QLoRANativeConfig())
+        model = load(tmp_path, ours.QLoRANativeConfig(blocksize=4096))
     (record,) = [r for r in caplog.records if r.name.startswith("qlora_native")]
     text = record.getMessage()
     assert "4 layers of MixtralForCausalLM are quantized; these are not" in text
-    assert "model.layers.*.mlp.experts: gate_up_proj, down_proj of a Mixtral" in text
+    assert "model.layers.*.mlp.experts: down_proj: its matrices have 2048 values" in text
     left = model.hf_quantizer.report.unexpected()
     assert left["model.layers.0.mlp.experts"].nbytes == 4 * 2 * 3 * 64 * 32
 
@@ -289,7 +289,7 @@ def test_what_is_left_on_the_meta_device_is_named():
         model = make_llama()
     quantizer = ours.QLoRANativeQuantizer(ours.QLoRANativeConfig())
     with pytest.raises(ValueError, match=r"model.embed_tokens.weight, .* and \d+ more were left"):
-        quantizer._require_all(model, {})
+        quantizer._require_all(model, {}, {})
 
 
 BAD_CONFIGS = {

@@ -3,8 +3,8 @@
 While a model loads, each linear to be quantized is a `_Loading`, one float parameter on the meta
 device; transformers reads the checkpoint's tensors one by one and hands each to an operation, which
 quantizes it (`_Quantize`) or takes its packed parts together (`_TakePacked`). Once all are there,
-each _Loading gives way to its LoadedLinear4bit. So no more is in memory than the 4-bit model and
-one float weight.
+each _Loading gives way to its LoadedLinear4bit. Experts go the same way (loading_experts.py). So no
+more is in memory than the 4-bit model and one float weight, or one stack of experts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qlora_native.experts import as_rows, is_experts
 from qlora_native.functional import quantize_4bit
 from qlora_native.integrations.loaded_linear import LoadedLinear4bit, StoredForm
+from qlora_native.integrations.loading_experts import LoadingExperts, fuses_experts, packed_names
 from qlora_native.integrations.report import LoadReport
 from qlora_native.linear import Linear4bit
-from qlora_native.model import to_linear, why_not_itself
+from qlora_native.model import quantized_experts, to_linear, why_not_experts, why_not_itself
 from qlora_native.module_tree import as_linear, is_conv1d, is_linear, places, replace
 from qlora_native.quant_state import QuantState
 
@@ -48,7 +50,11 @@ class QLoRANativeQuantizer(HfQuantizer):  # type: ignore[misc]
     quantized_element_size = 0.5
     is_trainable = True
     is_compileable = True
-    serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in _PARTS)]}  # noqa: RUF012
+    serialized_names = {  # noqa: RUF012
+        "weight": ["weight", *(f"weight.{part}" for part in _PARTS)],
+        **packed_names(_PARTS),
+    }
+    quantizes_experts = True
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -78,6 +84,9 @@ class QLoRANativeQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         for name, names in places(model).items():
             module = model.get_submodule(name)
+            if self.quantizes_experts and is_experts(module):
+                self._prepare_experts(model, name, names, skipped)
+                continue
             why = why_not_itself(module, name, ())
             if why is None and is_linear(module) and not should_convert_module(name, skipped):
                 why = "in skip_modules" if self._skip_modules() else "left by default, or tied"
@@ -88,9 +97,26 @@ class QLoRANativeQuantizer(HfQuantizer):  # type: ignore[misc]
                 self.report.quantized.append(name)
         return model
 
+    def _prepare_experts(
+        self, model: Model, name: str, names: list[str], skipped: list[str]
+    ) -> None:
+        module = model.get_submodule(name)
+        why = why_not_experts(module, name, (), self._blocksize())
+        if why is None and not should_convert_module(name, skipped):
+            why = "in skip_modules"
+        if why is not None:
+            self.report.leave(name, module, why)
+            return
+        loading = LoadingExperts(module)
+        replace(model, names, module, loading)
+        self.report.quantized += [f"{name}.{stack}" for stack in loading.shapes]
+
     def param_needs_quantization(self, model: Model, param_name: str, **kwargs: Any) -> bool:
         owner, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(owner), _Loading)
+        module = model.get_submodule(owner)
+        if isinstance(module, LoadingExperts):
+            return leaf in module.shapes
+        return leaf == "weight" and isinstance(module, _Loading)
 
     # ---- while loading ----
 
@@ -116,20 +142,27 @@ class QLoRANativeQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Model, **kwargs: Any) -> Model:
         # Our operation reads packed weights; Linear4bit's own state dict writes them.
+        experts = {n: m for n, m in model.named_modules() if isinstance(m, LoadingExperts)}
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or []
             if not (
                 isinstance(conversion, WeightConverter)
-                and any(isinstance(op, _TakePacked) for op in conversion.operations)
+                and (
+                    any(isinstance(op, _TakePacked) for op in conversion.operations)
+                    or (experts and fuses_experts(conversion))
+                )
             )
         ]
         loading = {n: m for n, m in model.named_modules() if isinstance(m, _Loading)}
-        self._require_all(model, loading)
+        self._require_all(model, loading, experts)
         names_of = places(model)
         for name, module in loading.items():
             new = module.loaded(self._compute_dtype(), self._scale_rounding(module.weight))
             _replace_with_hook(model, names_of[name], module, new)
+        for name, mixture in experts.items():
+            rounding = self._scale_rounding(next(iter(mixture.parameters())))
+            _replace_with_hook(model, names_of[name], mixture, mixture.loaded(rounding))
         # peft and accelerate ask for this or for is_loaded_in_4bit, by which transformers'
         # num_parameters would import bitsandbytes.
         model.is_loaded_in_8bit = True
@@ -138,8 +171,11 @@ class QLoRANativeQuantizer(HfQuantizer):  # type: ignore[misc]
         self.report.tell(model, logger)
         return model
 
-    def _require_all(self, model: Model, loading: dict[str, _Loading]) -> None:
+    def _require_all(
+        self, model: Model, loading: dict[str, _Loading], experts: dict[str, LoadingExperts]
+    ) -> None:
         missing = [f"{name}.weight" for name, module in loading.items() if module.state is None]
+        missing += [f"{name}.{stack}" for name, m in experts.items() for stack in m.missing()]
         missing += [
             f"{name}.bias"
             for name, module in loading.items()
@@ -154,6 +190,10 @@ class QLoRANativeQuantizer(HfQuantizer):  # type: ignore[misc]
         tensors = [*model.named_parameters(), *model.named_buffers()]
         if meta := [name for name, tensor in tensors if tensor.is_meta]:
             raise ValueError(f"{_listed(meta)} were left on the meta device: nothing loaded them")
+
+    def _blocksize(self) -> int:
+        blocksize: int = self.quantization_config.blocksize
+        return blocksize
 
     def _skip_modules(self) -> list[str] | None:
         names: list[str] | None = self.quantization_config.skip_modules
@@ -172,19 +212,26 @@ class QLoRANativeQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_serializable(self) -> bool:
         return True
 
-    def _dequantize(self, model: Model, dtype: torch.dtype | None = None) -> Model:
-        """Every 4-bit layer as an nn.Linear of dtype, for good."""
+    def _dequantize(self, model: Model, dtype: torch.dtype | str | None = None) -> Model:
+        """Every 4-bit layer as an nn.Linear of dtype, experts as they were, for good."""
+        # save_pretrained leaves the config with the dtype's name
+        to: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         names_of = places(model)
+        for name, experts in list(quantized_experts(model)):
+            floats = experts.to_module(to or next(experts.stacks())[1].weight_dtype)
+            _replace_with_hook(model, names_of[name], experts, floats)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, Linear4bit):
-                linear = to_linear(layer, dtype or layer.weight_dtype)
+                linear = to_linear(layer, to or layer.weight_dtype)
                 _replace_with_hook(model, names_of[name], layer, linear)
         model.is_loaded_in_8bit = False
         return model
 
 
 class BitsAndBytesQuantizer(QLoRANativeQuantizer):
-    """Our layers for a BitsAndBytesConfig that asks for 4 bits."""
+    """Our layers for a BitsAndBytesConfig that asks for 4 bits; experts stay floats, as with it."""
+
+    quantizes_experts = False
 
     def quantize(self, weight: Tensor, name: str) -> tuple[Tensor, QuantState]:
         config = self.quantization_config
@@ -243,7 +290,14 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            module = model.get_submodule(name.rpartition(".")[0])
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            if isinstance(module, LoadingExperts):
+                packed, module.states[leaf] = self.hf_quantizer.quantize(
+                    as_rows(module, weight), name
+                )
+                result[name] = nn.Parameter(packed, requires_grad=False)
+                continue
             weight = weight.T.contiguous() if module.fan_in_fan_out else weight
             packed, module.state = self.hf_quantizer.quantize(weight, name)
             result[name] = nn.Parameter(packed, requires_grad=False)
@@ -263,8 +317,10 @@ class _TakePacked(ConversionOps):  # type: ignore[misc]
         full_layer_name: str = "",
         **kwargs: Any,
     ) -> dict[str, Any]:
-        module = model.get_submodule(full_layer_name.rpartition(".")[0])
-        if not isinstance(module, _Loading):
+        owner, _, leaf = full_layer_name.rpartition(".")
+        module = model.get_submodule(owner)
+        of_experts = isinstance(module, LoadingExperts)
+        if not isinstance(module, _Loading) and not (of_experts and len(input_dict) > 1):
             if len(input_dict) > 1:
                 raise ValueError(
                     f"{full_layer_name} is packed in 4 bits, but the config's skip_modules, or the "
@@ -272,21 +328,24 @@ class _TakePacked(ConversionOps):  # type: ignore[misc]
                 )
             return input_dict
         parts = {name: v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
-        weight = parts.pop("weight", None)
+        own = f"experts.{leaf}" if of_experts else "weight"
+        shape = module.shape(leaf) if of_experts else module.weight.shape
+        weight = parts.pop(own, None)
         if weight is None:
             raise ValueError(f"{full_layer_name} is missing beside {sorted(parts)}")
         try:
-            state = QuantState.from_bnb_dict(parts)
-            if state.shape != module.weight.shape:
-                raise ValueError(
-                    f"its shape is {list(state.shape)}, not {list(module.weight.shape)}"
-                )
+            state = QuantState.from_bnb_dict(parts, f"{own}.")
+            if state.shape != shape:
+                raise ValueError(f"its shape is {list(state.shape)}, not {list(shape)}")
             packed = state.check_packed(weight)
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{full_layer_name}: {error.args[0]}") from error
-        by_name = {name.removeprefix("weight."): part for name, part in parts.items()}
-        module.state, module.stored = state, StoredForm.of(weight, by_name, state)
-        return {"weight": nn.Parameter(packed, requires_grad=False)}
+        if of_experts:
+            module.states[leaf] = state
+        else:
+            by_name = {name.removeprefix("weight."): part for name, part in parts.items()}
+            module.state, module.stored = state, StoredForm.of(weight, by_name, state)
+        return {own: nn.Parameter(packed, requires_grad=False)}
 
 
 def _replace_with_hook(model: Model, names: list[str], old: nn.Module, new: nn.Module) -> None:
