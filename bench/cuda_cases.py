@@ -34,6 +34,7 @@ class Case:
     conflicts: int | None = 0  # bank conflicts at most; None: as its data have it
     why: str = ""  # it misses a bar
     ways: dict[str, str] = field(default_factory=dict)  # forced, by direction
+    architecture: int = 80  # that the emulator pretends to have; the least for its ways
     multiply_adds: float = 0  # on the CUDA cores
 
     @property
@@ -159,6 +160,29 @@ def few_rows(m: int, double_quant: bool) -> Case:
     )  # fmt: skip
 
 
+def tiled(way: str, architecture: int) -> list[Case]:
+    """A row of tiles, each of whose columns read x again; depths past the ring's stages."""
+    m, n, k = 128, 512, 512
+    columns = {"tiles": 128, "wgmma": 256}[way]  # of a tile
+
+    def backward() -> Call:
+        grad, weight = _normal(m, k).to(BF16), _weight(k, n, False)
+        return lambda: ops.linear_4bit_backward_input(grad, *weight, n)
+
+    least = _weight_bytes(n, k, False) + 2 * m * (n + k)
+    again = (n // columns - 1) * m * k * 2 + n * k // 64 * 28  # of a scale's sector, 28 are others'
+    why = (
+        f"each tile of {columns} columns reads x again, and a scale comes with its sector, which "
+        "has those of seven more steps: out of the L2 cache"
+    )
+    back = f"input gradient, M = {m}, {k} × {n}, plain scales"
+    return [
+        _linear(way, m, n, k, False, cached=again, why=why, architecture=architecture),
+        Case(f"linear_{way}", back, backward, least, cached=again, why=why,
+             ways={"backward_input": way}, architecture=architecture),
+    ]  # fmt: skip
+
+
 def _fma() -> list[Case]:
     m, n, k = 64, 64, 512
 
@@ -218,6 +242,8 @@ CASES = [
          why="25.6 kB of tables a block of threads, for 32,768 values here and for millions in a "
              "model; codes are looked up at whatever banks the data need"),
     *FEW_ROWS,
+    *tiled("tiles", 80),
+    *tiled("wgmma", 90),
     *_fma(),
     *_lora(),
 ]  # fmt: skip

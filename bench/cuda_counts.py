@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.cuda_cases import BYTES_BAR, CASES, Case
-from bench.gpu_model import CARDS, predict
+from bench.gpu_model import CARDS, Card, predict
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "cuda_counts.md"
 MISSED = "✗"
@@ -40,10 +40,11 @@ PREDICTION = """\
 ## Prediction: no GPU has run it
 
 Of these counts `bench/gpu_model.py` makes a time for each card: memory's bytes, flops of
-`mma.sync`, issue slots, passes over shared memory, each over its published rate; the longest is the
-limiter, and the others are taken to hide behind it. A cell has that limiter and the fraction of the
-limit that it leaves: the least bytes at memory's rate or the products at the tensor cores',
-whichever is longer, over the predicted time.
+`mma.sync` and `wgmma`, issue slots, passes over shared memory (`wgmma`'s operands, too), each over
+its published rate; the longest is the limiter, and the others are taken to hide behind it. A cell
+has that limiter (none: a card that the kernel is not for) and the fraction of the limit that it
+leaves: the least bytes at memory's rate or the products at the tensor cores', whichever is longer,
+over the predicted time.
 
 **What is missing makes it too good**: latency, launches and tails, and the issue slots of integer,
 address and conversion arithmetic, which the emulator does not count. One thing makes it too bad: an
@@ -62,6 +63,7 @@ def count(case: Case) -> Counts:
     call = case.make()
     emulation.use(True)
     emulation.set_seed(0)
+    emulation.set_architecture(case.architecture)
     try:
         for direction, way in case.ways.items():
             emulation.force_way(direction, way)
@@ -72,6 +74,7 @@ def count(case: Case) -> Counts:
         emulation.count(False)
         for direction in case.ways:
             emulation.force_way(direction, None)
+        emulation.set_architecture(80)
         emulation.use(False)
 
 
@@ -115,8 +118,13 @@ def prediction_head() -> str:
 
 
 def prediction_row(case: Case, counts: Counts) -> str:
-    predictions = [predict(case, counts, card) for card in CARDS]
-    cells = " | ".join(f"{p.of_limit:.0%} {p.limiter}" for p in predictions)
+    def cell(card: Card) -> str:
+        if not card.runs(case):
+            return "-"
+        prediction = predict(case, counts, card)
+        return f"{prediction.of_limit:.0%} {prediction.limiter}"
+
+    cells = " | ".join(map(cell, CARDS))
     return f"| `{case.kernel}` | {case.what} | {cells} |"
 
 

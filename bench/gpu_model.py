@@ -27,6 +27,11 @@ class Card:
     multiprocessors: int
     clock: float
     source: str
+    architecture: int = 80
+
+    def runs(self, case: Case) -> bool:
+        """Hopper's warpgroup products are Hopper's alone; all else runs on what comes after."""
+        return case.architecture in (80, self.architecture)
 
     @property
     def slots(self) -> float:
@@ -41,9 +46,9 @@ class Card:
 
 CARDS = (
     Card("A100 80 GB SXM", 2.039e12, 312e12, 108, 1.410e9, "NVIDIA A100 data sheet"),
-    Card("H100 SXM", 3.35e12, 989.4e12, 132, 1.830e9, "NVIDIA H100 data sheet and white paper"),
-    Card("H200 SXM", 4.8e12, 989.4e12, 132, 1.830e9, "NVIDIA H200 data sheet"),
-    Card("RTX 4090", 1.008e12, 165.2e12, 128, 2.520e9, "NVIDIA Ada architecture white paper"),
+    Card("H100 SXM", 3.35e12, 989.4e12, 132, 1.830e9, "NVIDIA H100 data sheet and white paper", 90),
+    Card("H200 SXM", 4.8e12, 989.4e12, 132, 1.830e9, "NVIDIA H200 data sheet", 90),
+    Card("RTX 4090", 1.008e12, 165.2e12, 128, 2.520e9, "NVIDIA Ada architecture white paper", 89),
 )
 
 

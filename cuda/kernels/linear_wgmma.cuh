@@ -3,15 +3,17 @@
 //   y [M, N]       = x W^T     (+ left right^T) (+ bias)      forward
 //   grad_x [M, K]  = grad_out W (+ drop'(left right^T))       its input gradient
 //
-// Limiter: the tensor cores. A step of 64 depths of a tile of 128 x 256 takes them 1024 clocks
-// (4096 flops each). Beside it, counted, not measured: shared memory, at 128 bytes a clock,
+// Limiter: shared memory and the tensor cores, nearly alike. Clocks of a multiprocessor for a step
+// of 64 depths of a tile of 128 x 256, counted, not measured:
 //
-//   wgmma reads left, 8 kB, and right, 32 kB, for each half of the rows       640 clocks
-//   W written 256, x written 128, codes written and read 128                  512
+//   tensor cores    4096 flops a clock                                        1024
+//   shared memory   operands that wgmma reads: 40 kB for each 64 rows          640
+//   128 bytes       W written: 256; x written: 128; codes written and read: 128
+//   a clock         together                                                  1152
+//   issue           of the producer's warp, on its scheduler            720 to 855
 //
-// some of which overlaps (a dense kernel of this tile shape has all but the codes); and the
-// producer's 461 instructions a warp for dequantization, some 100 for copies. From memory and the
-// second-level cache a tile takes 8 kB of codes and 16 kB of x a step, 24 bytes a clock.
+// (A dense kernel of this tile lacks the codes alone: 1024.) From memory and the second-level cache
+// a tile takes 8 kB of codes and 16 kB of x a step, 24 bytes a clock.
 //
 // Data path: three warpgroups. One produces: x by cp.async (16 bytes a thread, swizzled as it
 // lands), W by weight_producer.cuh, both into a ring of three stages, and gives most of its

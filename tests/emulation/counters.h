@@ -25,7 +25,7 @@ struct Counts {
   std::int64_t shared_passes = 0;        // over the banks, 128 bytes at most each
   // Those beyond what the width of the access asks for.
   std::int64_t bank_conflicts = 0;
-  std::int64_t tensor_flops = 0;  // of mma.sync: a multiplication and an addition are two
+  std::int64_t tensor_flops = 0;  // of mma.sync and wgmma: a multiplication and an addition are two
 };
 
 class Counters {
@@ -44,7 +44,11 @@ class Counters {
   void shared(std::uintptr_t offset, int bytes, const std::source_location& where) {
     if (enabled_) note(Kind::shared, offset, bytes, where);
   }
-  // Once a warp's instruction.
+  // What wgmma reads of shared memory, at 128 bytes a pass.
+  void operands(std::int64_t bytes) {
+    if (enabled_) counts_.shared_passes += bytes / 128;
+  }
+  // Once a warp's instruction, or a warpgroup's.
   void product(std::int64_t flops) {
     if (enabled_) counts_.tensor_flops += flops;
   }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "agents.h"
 #include "device/global.cuh"
@@ -19,10 +18,7 @@ void bulk_copy(Shared<T> to, int i, Global<const T> from, std::int64_t j, int n,
   if (n <= 0 || n % kPiece != 0) {
     emulation::fault(emulation::FaultKind::misaligned, where, "a bulk copy of no whole 16 bytes");
   }
-  std::vector<Vec<T, kPiece>> pieces;
-  for (int p = 0; p < n; p += kPiece) {
-    pieces.push_back(from.template load_vec<kPiece>(j + p, where));
-  }
+  const auto pieces = from.template load_run<kPiece>(j, n / kPiece, where);
   const auto at = barriers.bytes_of<Mbarrier>(barrier, where);
   const emulation::Moment now = emulation::next_moment(emulation::copy_engine_of(0));
   emulation::note_read(at, {now, machine().thread().knows.fenced}, where);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "counters.h"
 #include "device/thread.cuh"
@@ -40,6 +41,20 @@ class Global {
   void store_vec(std::int64_t i, const Vec<Value, N>& value,
                  const Where& where = Where::current()) const {
     store_as(i, value, where);
+  }
+  // `count` vectors, one after another, by one instruction.
+  template <int N>
+  [[nodiscard]] std::vector<Vec<Value, N>> load_run(std::int64_t i, int count,
+                                                    const Where& where) const {
+    constexpr auto kBytes = static_cast<int>(sizeof(Vec<Value, N>));
+    for (int v = 0; v < count; ++v) {
+      check<Vec<Value, N>>(i + v * N, where);
+      emulation::global_memory().read(address(i + v * N), kBytes, std::is_const_v<T>, where);
+    }
+    emulation::counters().load(address(i), count * kBytes, where);
+    std::vector<Vec<Value, N>> run(static_cast<std::size_t>(count));
+    std::memcpy(run.data(), data_ + i, run.size() * sizeof run[0]);
+    return run;
   }
   Value atomic_add(std::int64_t i, Value value, const Where& where = Where::current()) const {
     static_assert(std::is_integral_v<T>);

@@ -93,6 +93,7 @@ void multiply_warpgroup(const emulation::OperandsOfWarpgroup& threads, const Whe
   };
   const emulation::ReadingWarpgroup readers;
   emulation::counters().product(2 * kWgmmaRows * kWgmmaColumns * kWgmmaDepth);
+  emulation::counters().operands(2 * (kWgmmaRows + kWgmmaColumns) * kWgmmaDepth);
   emulation::read_operand(of(0).a.bits, false, kWgmmaRows, false, readers, where, bits);
   for (int row = 0; row < kWgmmaRows; ++row) {
     for (int k = 0; k < kWgmmaDepth; ++k) a[row][k] = value(row, k);
