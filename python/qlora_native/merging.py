@@ -23,6 +23,7 @@ from qlora_native.experts import stored_shape, stored_stack
 from qlora_native.functional import dequantize_4bit
 from qlora_native.linear import Linear4bit
 from qlora_native.loading.checkpoint_index import INDEX_FILE, SINGLE_FILE
+from qlora_native.loading.checkpoint_names import CheckpointNames
 from qlora_native.loading.quantized_folder import may_be_replaced, save_quantized
 from qlora_native.loading.safetensors_io import shards, write_safetensors
 from qlora_native.lora import QLoRALinear
@@ -234,20 +235,21 @@ def _fill(folder: Path, tensors: _MergedTensors, tokenizer: Any, max_shard_bytes
 
 
 def _write_weights(folder: Path, tensors: _MergedTensors, max_shard_bytes: int) -> None:
-    outline = tensors.outline()
+    names = CheckpointNames(tensors.model, tensors.outline())
+    outline = names.outline
     parts = list(shards(outline, max_shard_bytes))
+
+    def values(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: names.value(name, tensors.value) for name in part}
+
     if len(parts) == 1:
-        write_safetensors(folder / SINGLE_FILE, _values(tensors, parts[0]))
+        write_safetensors(folder / SINGLE_FILE, values(parts[0]))
         return
     weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         file_name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        write_safetensors(folder / file_name, _values(tensors, part))
+        write_safetensors(folder / file_name, values(part))
         weight_map.update(dict.fromkeys(part, file_name))
     total = sum(tensor.numel() * tensor.element_size() for tensor in outline.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-def _values(tensors: _MergedTensors, part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensors.value(name) for name in part}

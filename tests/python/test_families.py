@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from qlora_native import add_lora, load_adapter, load_model, merge, save_adapter, save_merged
@@ -76,6 +77,12 @@ def batch() -> Tensor:
     return torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
+def names_in(folder: Path) -> set[str]:
+    """Names of the tensors that a folder's one file holds."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     result: Tensor = model.eval()(input_ids=batch(), use_cache=False).logits
@@ -123,6 +130,7 @@ def test_a_family_from_its_checkpoint_to_a_merged_one(name: str, tmp_path: Path)
 
     # Merged, as transformers reads it.
     save_merged(model, tokenizer, tmp_path / "merged", dtype=torch.float32, prompts=())
+    assert names_in(tmp_path / "merged") == names_in(tmp_path / "float")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)
     merge(model, torch.float32)
