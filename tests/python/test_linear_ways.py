@@ -1,4 +1,7 @@
-"""Every way of the CUDA backend to multiply by a 4-bit weight, on the emulator, each by itself."""
+"""Every way of the CUDA backend to multiply by a 4-bit weight, each by itself.
+
+On the emulator, and on a GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import qlora_native
 from linear_cases import (
     CASES,
     DTYPE_IDS,
@@ -18,17 +22,35 @@ from linear_cases import (
     make_weight,
     rand,
 )
-from qlora_native import ops
+from on_device import OnDevice
+from qlora_native import _core, ops
 
-emulation = pytest.importorskip("qlora_native._emulation", reason="QLORA_EMULATION=ON was not set")
+try:
+    from qlora_native import _emulation as emulation
+except ImportError:  # of a build without QLORA_EMULATION=ON
+    emulation = None
+
+_INFO = qlora_native.build_info()
+_ON_GPU = ["cuda"] if "cuda_linear_ways" in _INFO and torch.cuda.is_available() else []
+_BACKENDS = [emulation.name, *_ON_GPU] if emulation else _ON_GPU
+if not _BACKENDS:
+    pytest.skip("no emulator in this build, and no GPU", allow_module_level=True)
+_FORWARD = emulation.ways("forward") if emulation else _INFO["cuda_linear_ways"]
+_BACKWARD = emulation.ways("backward_input") if emulation else _INFO["cuda_backward_input_ways"]
+
+pytestmark = pytest.mark.emulated
+needs_emulator = pytest.mark.skipif(emulation is None, reason="a build without QLORA_EMULATION=ON")
 
 # Rows and columns past a tile of 64, depths past a step and several steps, tails of each, blocks
-# across rows.
+# across rows; and what the tensor cores' ways take: whole pieces, past a tile of theirs and past
+# the panels that they keep.
 SHAPES = {
     "tiles": Case(n=70, k=136, m=(67,)),
     "odd_k": Case(n=23, k=77, m=(5,), blocksize=32),
     "blocks_across_rows": Case(n=19, k=96, m=(9,), blocksize=256),
     "several_panels": Case(n=200, k=328, m=(17,), double_quant=False),
+    "whole_pieces": Case(n=264, k=96, m=(130,)),
+    "whole_pieces_deep": Case(n=40, k=544, m=(9,)),
     "fp4": Case(n=11, k=39, m=(6,), format="fp4", blocksize=32),
     "one_value": CASES["one_value"],
     "no_rows": CASES["no_rows"],
@@ -39,14 +61,30 @@ ForceWay = Callable[[str, str], None]
 
 
 @pytest.fixture
-def force_way() -> Iterator[ForceWay]:
+def emulated() -> Iterator[None]:
     emulation.use(True)
     emulation.set_architecture(90)  # which every way may serve
-    yield emulation.force_way
+    yield
     emulation.set_architecture(80)
     for direction in ("forward", "backward_input"):
         emulation.force_way(direction, None)
     emulation.use(False)
+
+
+def force_on_gpu(direction: str, way: str) -> None:
+    forward, backward = (way, None) if direction == "forward" else (None, way)
+    _core.force_cuda_linear(forward, backward)
+
+
+@pytest.fixture(params=_BACKENDS)
+def force_way(request: pytest.FixtureRequest) -> Iterator[ForceWay]:
+    if request.param != "cuda":
+        request.getfixturevalue("emulated")
+        yield emulation.force_way
+        return
+    with OnDevice("cuda"):
+        yield force_on_gpu
+    _core.force_cuda_linear(None, None)
 
 
 @contextmanager
@@ -62,7 +100,7 @@ def skip_what_it_refuses(way: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("way", emulation.ways("forward"))
+@pytest.mark.parametrize("way", _FORWARD)
 def test_forward(force_way: ForceWay, way: str, name: str, dtype: torch.dtype) -> None:
     case = SHAPES[name]
     weight = make_weight(case)
@@ -77,7 +115,7 @@ def test_forward(force_way: ForceWay, way: str, name: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("way", emulation.ways("backward_input"))
+@pytest.mark.parametrize("way", _BACKWARD)
 def test_backward_input(force_way: ForceWay, way: str, name: str, dtype: torch.dtype) -> None:
     case = SHAPES[name]
     weight = make_weight(case)
@@ -92,7 +130,7 @@ def test_backward_input(force_way: ForceWay, way: str, name: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("offset", [1, 3])
-@pytest.mark.parametrize("way", emulation.ways("forward"))
+@pytest.mark.parametrize("way", _FORWARD)
 def test_a_view_that_begins_anywhere(force_way: ForceWay, way: str, offset: int) -> None:
     case = Case(n=24, k=64, m=(3,))
     weight = make_weight(case)
@@ -120,8 +158,9 @@ def test_a_view_that_begins_anywhere(force_way: ForceWay, way: str, offset: int)
         pytest.param(100, 100, False, "tiles", "tiles", id="Blackwell"),
     ],
 )
+@needs_emulator
 def test_the_table(
-    force_way: ForceWay, architecture: int, m: int, abundant: bool, forward: str, backward: str
+    emulated: None, architecture: int, m: int, abundant: bool, forward: str, backward: str
 ) -> None:
     case = Case(n=8, k=32, m=(), blocksize=32)
     weight = make_weight(case)
@@ -135,6 +174,7 @@ def test_the_table(
     assert emulation.last_way("backward_input") == backward
 
 
+@needs_emulator
 def test_a_way_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="no such way: 'by hand'"):
         emulation.force_way("forward", "by hand")
