@@ -96,7 +96,8 @@ const Pager& pager_named(const std::string& name) {
 class PagedBuffer {
  public:
   PagedBuffer(const std::string& name, std::int64_t bytes, int device,
-              const std::optional<std::string>& directory, std::int64_t window_bytes)
+              const std::optional<std::string>& directory, std::int64_t window_bytes,
+              bool oversubscribe)
       : pager_(pager_named(name)), device_(device), bytes_(bytes) {
     if (bytes <= 0) {
       throw py::value_error("bytes must be more than 0, got " + std::to_string(bytes));
@@ -108,7 +109,8 @@ class PagedBuffer {
     const PagedParams params{.bytes = bytes,
                              .device = device,
                              .directory = directory ? directory->c_str() : nullptr,
-                             .window_bytes = window_bytes};
+                             .window_bytes = window_bytes,
+                             .oversubscribe = oversubscribe};
     errno = 0;
     Status status;
     {
@@ -260,9 +262,10 @@ void define_paged_buffer(py::module_& m) {
 
   py::class_<PagedBuffer>(m, "PagedBuffer", "Memory that may be elsewhere (paging.h).")
       .def(py::init<const std::string&, std::int64_t, int, const std::optional<std::string>&,
-                    std::int64_t>(),
+                    std::int64_t, bool>(),
            py::arg("pager"), py::arg("bytes"), py::kw_only(), py::arg("device") = 0,
-           py::arg("directory") = py::none(), py::arg("window_bytes") = 0)
+           py::arg("directory") = py::none(), py::arg("window_bytes") = 0,
+           py::arg("oversubscribe") = false)
       .def_property_readonly("pager", &PagedBuffer::name)
       .def_property_readonly("bytes", &PagedBuffer::bytes)
       .def("host_view", &PagedBuffer::host_view)

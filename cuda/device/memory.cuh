@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device/launch.cuh"
+#include "device/stream.cuh"
 #include "qlora_native/status.h"
 
 namespace qlora::cuda {
@@ -17,29 +17,23 @@ inline constexpr bool kDeviceAddresses = true;
 
 namespace detail {
 
-// An error of an allocation is no error of what follows.
-inline Status allocated(cudaError_t error) {
-  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
-  return to_status(error);
-}
-
 inline std::size_t size(std::int64_t bytes) { return static_cast<std::size_t>(bytes); }
 
 }  // namespace detail
 
 inline Status allocate_device(std::int64_t bytes, void** memory) {
-  return detail::allocated(cudaMalloc(memory, detail::size(bytes)));
+  return called(cudaMalloc(memory, detail::size(bytes)));
 }
 inline void free_device(void* memory) { static_cast<void>(cudaFree(memory)); }
 
 // Of the host, that copies reach without its help: for every device.
 inline Status allocate_pinned(std::int64_t bytes, void** memory) {
-  return detail::allocated(cudaHostAlloc(memory, detail::size(bytes), cudaHostAllocPortable));
+  return called(cudaHostAlloc(memory, detail::size(bytes), cudaHostAllocPortable));
 }
 inline void free_pinned(void* memory) { static_cast<void>(cudaFreeHost(memory)); }
 
 inline Status allocate_managed(std::int64_t bytes, void** memory) {
-  return detail::allocated(cudaMallocManaged(memory, detail::size(bytes), cudaMemAttachGlobal));
+  return called(cudaMallocManaged(memory, detail::size(bytes), cudaMemAttachGlobal));
 }
 inline void free_managed(void* memory) { static_cast<void>(cudaFree(memory)); }
 
@@ -48,7 +42,7 @@ inline Status device_memory(std::int64_t* free, std::int64_t* total) {
   const cudaError_t error = cudaMemGetInfo(&free_bytes, &total_bytes);
   *free = static_cast<std::int64_t>(free_bytes);
   *total = static_cast<std::int64_t>(total_bytes);
-  return to_status(error);
+  return called(error);
 }
 
 // CUDA 13 names a place where 12 has a number.
@@ -68,8 +62,8 @@ inline int place_of(int device) { return device; }
 inline Status keep_on_host(void* memory, std::int64_t bytes, int device) {
   const cudaError_t error = cudaMemAdvise(
       memory, detail::size(bytes), cudaMemAdviseSetPreferredLocation, place_of(cudaCpuDeviceId));
-  if (error != cudaSuccess) return to_status(error);
-  return to_status(
+  if (error != cudaSuccess) return called(error);
+  return called(
       cudaMemAdvise(memory, detail::size(bytes), cudaMemAdviseSetAccessedBy, place_of(device)));
 }
 
@@ -78,9 +72,9 @@ namespace detail {
 inline Status prefetch(void* memory, std::int64_t bytes, int device, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
 #if CUDART_VERSION >= 13000
-  return to_status(cudaMemPrefetchAsync(memory, size(bytes), place_of(device), 0, on));
+  return called(cudaMemPrefetchAsync(memory, size(bytes), place_of(device), 0, on));
 #else
-  return to_status(cudaMemPrefetchAsync(memory, size(bytes), device, on));
+  return called(cudaMemPrefetchAsync(memory, size(bytes), device, on));
 #endif
 }
 
@@ -96,25 +90,21 @@ inline Status prefetch_to_host(void* memory, std::int64_t bytes, void* stream) {
 
 // Between pinned and device memory, in the stream's order.
 inline Status copy_to_device(void* to, const void* from, std::int64_t bytes, void* stream) {
-  return to_status(cudaMemcpyAsync(to, from, detail::size(bytes), cudaMemcpyHostToDevice,
-                                   static_cast<cudaStream_t>(stream)));
+  return called(cudaMemcpyAsync(to, from, detail::size(bytes), cudaMemcpyHostToDevice,
+                                static_cast<cudaStream_t>(stream)));
 }
 inline Status copy_to_host(void* to, const void* from, std::int64_t bytes, void* stream) {
-  return to_status(cudaMemcpyAsync(to, from, detail::size(bytes), cudaMemcpyDeviceToHost,
-                                   static_cast<cudaStream_t>(stream)));
+  return called(cudaMemcpyAsync(to, from, detail::size(bytes), cudaMemcpyDeviceToHost,
+                                static_cast<cudaStream_t>(stream)));
 }
 
 // The host is about to read and write pinned or managed memory: nothing here. The emulator's twin
 // of this file checks that all work on it is known to be over.
 inline Status host_uses(void*, std::int64_t) { return {}; }
 
-// Whether host and device may touch managed memory at the same time, and it can be prefetched; and
-// whether the device reads the host's pageable memory.
+// Whether host and device may touch managed memory at the same time, and it can be prefetched.
 inline Status concurrent_managed_access(int* yes) {
   return attribute(cudaDevAttrConcurrentManagedAccess, yes);
-}
-inline Status pageable_memory_access(int* yes) {
-  return attribute(cudaDevAttrPageableMemoryAccess, yes);
 }
 
 }  // namespace qlora::cuda

@@ -26,8 +26,9 @@ class Carrier {
   // Null: there is none beside what is there, of which `arriving` bytes are on their way.
   virtual Status take(std::int64_t begin, std::int64_t bytes, std::int64_t arriving, char** address,
                       std::vector<Mark>* after) = 0;
-  // Gives that room up, behind these marks.
+  // Gives that room up, behind these marks; or as if it had never been taken, with what it got.
   virtual void give(char* address, std::int64_t bytes, std::vector<Mark> after) = 0;
+  virtual void withdraw(char* address, std::int64_t bytes, std::vector<Mark> after) = 0;
 
   // Moves a range, in the stream's order. `moves`: whether it has to, to be given up.
   virtual Status to_device(std::int64_t begin, std::int64_t bytes, char* address, void* stream) = 0;

@@ -118,7 +118,7 @@ Status DeviceBuffer::bring(std::int64_t begin, std::int64_t bytes, bool* made) {
   if (status.ok()) status = carrier_->to_device(begin, bytes, range.address, incoming);
   if (status.ok()) status = mark(incoming, &range.arrived);
   if (!status.ok()) {
-    carrier_->give(range.address, bytes, std::move(after));
+    carrier_->withdraw(range.address, bytes, std::move(after));
     return status;
   }
   counts_.moved_in += bytes;

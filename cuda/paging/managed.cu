@@ -43,6 +43,9 @@ class ManagedCarrier final : public Carrier {
     leaving_.push_back({bytes, std::move(after)});
   }
 
+  // Others leave as before.
+  void withdraw(char*, std::int64_t bytes, std::vector<Mark>) override { present_ -= bytes; }
+
   Status to_device(std::int64_t, std::int64_t bytes, char* address, void* stream) override {
     return prefetch_to_device(address, bytes, device_, stream);
   }
@@ -87,21 +90,26 @@ Status supports(int device) {
   return status;
 }
 
-// Room is what is free now and, behind their marks, what others leave: the oldest first.
+// Room is what is free now, in the window and on the device, and, behind their marks, what others
+// leave: the oldest first.
 Status ManagedCarrier::take(std::int64_t begin, std::int64_t bytes, std::int64_t arriving,
                             char** address, std::vector<Mark>* after) {
   *address = nullptr;
-  if (window_bytes_ > 0 && present_ + bytes > window_bytes_) return {};
   std::int64_t free = 0, total = 0;
   if (const Status status = device_memory(&free, &total); !status.ok()) return status;
   if (const Status status = forget_what_left(); !status.ok()) return status;
-  const std::int64_t needed = bytes + arriving + std::min(2 * kLargePage, total / 64);
+  std::int64_t room = free - arriving - std::min(2 * kLargePage, total / 64);
+  if (window_bytes_ > 0) {
+    std::int64_t taken = present_;
+    for (const Leaving& each : leaving_) taken += each.bytes;
+    room = std::min(room, window_bytes_ - taken);
+  }
   for (const Leaving& each : leaving_) {
-    if (free >= needed) break;
-    free += each.bytes;
+    if (room >= bytes) break;
+    room += each.bytes;
     after->insert(after->end(), each.after.begin(), each.after.end());
   }
-  if (free < needed) return {};
+  if (room < bytes) return {};
   present_ += bytes;
   *address = host() + begin;
   return {};

@@ -56,6 +56,10 @@ class StagedCarrier final : public Carrier {
     window_.give(address - static_cast<char*>(device_), aligned(bytes), std::move(after));
   }
 
+  void withdraw(char* address, std::int64_t bytes, std::vector<Mark> after) override {
+    give(address, bytes, std::move(after));
+  }
+
   Status to_device(std::int64_t begin, std::int64_t bytes, char* address, void* stream) override {
     return copy_to_device(address, host() + begin, bytes, stream);
   }

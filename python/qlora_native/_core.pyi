@@ -68,6 +68,7 @@ class PagedBuffer:
         device: whose memory the state leaves ("managed", "staged").
         directory: on a disk ("file"); None: what TMPDIR names, or /var/tmp.
         window_bytes: device memory for what is present at once ("staged").
+        oversubscribe: it may be more than the device has free now ("managed").
 
     Ranges begin at multiples of 256 bytes. `stream` is a cudaStream_t.
 
@@ -86,6 +87,7 @@ class PagedBuffer:
         device: int = 0,
         directory: str | None = None,
         window_bytes: int = 0,
+        oversubscribe: bool = False,
     ) -> None: ...
     @property
     def pager(self) -> str: ...

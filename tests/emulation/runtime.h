@@ -30,7 +30,6 @@ class Runtime {
   // The n-th such call from now on answers with an error, and only that one; 0: none.
   void fail(Call which, int n);
   void set_concurrent_managed_access(bool has) { concurrent_managed_access_ = has; }
-  void set_pageable_memory_access(bool has) { pageable_memory_access_ = has; }
   // As if a graph were captured on every stream.
   void set_captured(bool captured) { captured_ = captured; }
   void set_device_bytes(std::int64_t bytes) { device_bytes_ = bytes; }
@@ -59,7 +58,6 @@ class Runtime {
   qlora::Status copy(void* to, const void* from, std::int64_t bytes, bool to_device, void* stream);
   qlora::Status host_uses(void* memory, std::int64_t bytes);
   [[nodiscard]] bool concurrent_managed_access() const { return concurrent_managed_access_; }
-  [[nodiscard]] bool pageable_memory_access() const { return pageable_memory_access_; }
 
   // Around a launch: what it waits for is done, and what it touched is checked.
   std::optional<Fault> begin_kernel(void* stream);
@@ -80,7 +78,6 @@ class Runtime {
   Call failing_ = Call::any;
   int fail_in_ = 0;
   bool concurrent_managed_access_ = true;
-  bool pageable_memory_access_ = false;
   bool captured_ = false;
   std::int64_t device_bytes_ = std::int64_t{1} << 30;
   Stream* kernel_stream_ = nullptr;

@@ -203,6 +203,20 @@ void test_waits(const Pager& pager) {
   expect(late.work(0).ok() && late.stats().waited_ns == kRange, "and none for what is there");
 }
 
+// A copy in goes to another place than the one that a copy out leaves, and waits for none.
+void test_directions(const Pager& pager) {
+  runtime().streams().set_schedule(Streams::Schedule::late, 0);
+  Paged paged(pager, 3 * kRange);
+  for (std::int64_t i = 0; i < kRanges; ++i) {
+    expect(paged.prefetch(i).ok() && paged.work(i).ok(), "work");
+    expect(synchronize_stream(paged.stream).ok(), "synchronize");
+    if (i == 0) continue;
+    const PagedStats stats = paged.stats();
+    expect(stats.resident == (i == 1 ? 2 : 3) * kRange, "what is sent has not left yet");
+    expect(paged.evict(i - 1).ok(), "evict");
+  }
+}
+
 // ---- what they refuse ----
 
 void test_bad_calls(const Pager& pager) {
@@ -373,6 +387,7 @@ int main() {
       no_faults("in order");
     }
     test_waits(*pager);
+    test_directions(*pager);
     test_many_buffers(*pager);
   }
   no_faults("in order");

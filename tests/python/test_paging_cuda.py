@@ -6,14 +6,27 @@ copies are done as early as they may, as late, and at random times.
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from emulated_build import EMULATION, compile_object, link, run
+from optimizers import assert_equal
 from planted_faults import Build, Mutant, assert_caught, build, each
+from qlora_native import optim
+from qlora_native.optim.native import NativeOptimizer
+from qlora_native.optim.paged_state import PagedState
+from test_paged_optim import assert_same_state, groups, parameters, train
+from test_paged_optim import each as each_optimizer
 
-pytest.importorskip("qlora_native._emulation", reason="not a build with QLORA_EMULATION=ON")
+emulation = pytest.importorskip(
+    "qlora_native._emulation", reason="not a build with QLORA_EMULATION=ON"
+)
 
 RACE = "race between streams"
 BITS = "other bits"
@@ -79,3 +92,157 @@ def test_what_they_refuse_and_count_and_free(unchanged: Build, tmp_path: Path) -
 @each(MUTANTS)
 def test_a_planted_fault_is_caught(mutant: Mutant, unchanged: Build, tmp_path: Path) -> None:
     assert_caught(mutant, unchanged, tmp_path)
+
+
+# ---- the optimizers ------------------------------------------------------------------------------
+
+# State of some 30 kB each: the window holds three chunks of eight.
+SIZES = [(1,), (3, 5), (4096,), (60, 67), (255,), (32, 127), (4095,), (3999,), (64, 64), (63, 65)]
+SMALL = {"chunk_bytes": 1 << 13, "min_paged_size": 0}
+pagers = pytest.mark.parametrize("pager", ["managed", "staged"])
+
+
+@pytest.fixture
+def on_emulator() -> Iterator[None]:
+    """The ops, and a device whose memory is all free again when the test ends, with no fault."""
+    emulation.use(True)
+    emulation.take_faults()
+    before = emulation.alive()
+    yield
+    emulation.use(False)
+    emulation.fail("any", 0)
+    emulation.set_schedule("early")
+    emulation.set_device_bytes(1 << 30)
+    emulation.set_concurrent_managed_access(True)
+    gc.collect()
+    assert emulation.take_faults() == []
+    assert emulation.alive() == before
+
+
+def make(
+    pager: str, budget: int | str, paged: type[PagedState] = optim.PagedAdamW
+) -> tuple[PagedState, list[nn.Parameter]]:
+    params = parameters(SIZES)
+    return paged(groups(params), lr=1e-2, pager=pager, device_budget=budget, **SMALL), params
+
+
+@pagers
+@each_optimizer
+@pytest.mark.parametrize(
+    ("schedule", "budget"), [("early", "auto"), ("late", 0), ("drawn", "100kB")]
+)
+def test_optimizers_give_the_bits_of_the_plain_ones(
+    paged: type[PagedState],
+    plain: type[NativeOptimizer],
+    pager: str,
+    schedule: str,
+    budget: int | str,
+    on_emulator: None,
+) -> None:
+    """And what they moved comes back into their state, and is moved again."""
+    emulation.set_schedule(schedule, 5)
+    optimizer, ours = make(pager, budget, paged)
+    theirs = parameters(SIZES)
+    other = plain(groups(theirs), lr=1e-2)
+    for steps in (range(2), range(2, 4)):
+        train(optimizer, ours, steps)
+        train(other, theirs, steps)
+        assert_equal(ours, theirs)
+        assert_same_state(optimizer, other)
+    paging = optimizer.paging()
+    assert paging["pager"] == pager
+    assert paging["moved_out"] > 0
+
+
+@pagers
+@pytest.mark.parametrize(
+    ("paged", "plain"), [(optim.PagedAdamW, optim.AdamW), (optim.PagedAdamW8bit, optim.AdamW8bit)]
+)
+def test_a_tensor_of_many_chunks(
+    paged: type[PagedState], plain: type[NativeOptimizer], pager: str, on_emulator: None
+) -> None:
+    """A range for each moment, and for its scales, which are smaller: places of two sizes."""
+    emulation.set_schedule("late")
+    ours, theirs = parameters([(80_000,)]), parameters([(80_000,)])
+    optimizer = paged(ours, pager=pager, device_budget=0, **SMALL)
+    other = plain(theirs)
+    train(optimizer, ours, range(1, 3))
+    train(other, theirs, range(1, 3))
+    assert_equal(ours, theirs)
+    assert_same_state(optimizer, other)
+    (arena,) = optimizer._arenas()
+    assert arena.window < sum(chunk.bytes for chunk in arena.chunks)
+    assert optimizer.paging()["moved_in"] == 2 * sum(chunk.bytes for chunk in arena.chunks)
+
+
+def step(optimizer: PagedState, params: list[nn.Parameter], times: int) -> None:
+    """With every gradient: all state is made at once, in one buffer."""
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(times):
+        optimizer.step()
+
+
+@pagers
+def test_a_step_moves_what_does_not_stay_and_no_more(pager: str, on_emulator: None) -> None:
+    optimizer, params = make(pager, 0)
+    moved = []
+    for _ in range(4):
+        step(optimizer, params, 1)
+        moved.append(optimizer.paging()["moved_in"])
+    (arena,) = optimizer._arenas()
+    one_step = sum(chunk.bytes for chunk in arena.chunks)
+    assert moved == [one_step * n for n in (1, 2, 3, 4)]
+
+
+@pagers
+def test_pressure_frees_the_device(pager: str, on_emulator: None) -> None:
+    """With everything resident: under a budget that falls, and when an allocation fails."""
+    emulation.set_schedule("late")
+    optimizer, params = make(pager, "auto")
+    step(optimizer, params, 2)
+    before = optimizer.paging()
+    assert before["resident"] == sum(chunk.bytes for chunk in optimizer._arenas()[0].chunks)
+    assert optimizer.pressure() == before["resident"]
+    assert optimizer.paging()["resident"] == 0
+    emulation.fail("allocation", 1)
+    step(optimizer, params, 1)
+    assert optimizer.paging()["resident"] == before["resident"]
+    optimizer._options = dataclasses.replace(optimizer._options, device_budget=0)
+    step(optimizer, params, 3)
+    emulation.set_schedule("early")  # all that was sent away has left
+    assert optimizer.paging()["resident"] <= optimizer._arenas()[0].working
+
+
+@pagers
+def test_the_budget_holds(pager: str, on_emulator: None) -> None:
+    emulation.set_schedule("late")
+    optimizer, params = make(pager, "100kB")
+    step(optimizer, params, 4)
+    (arena,) = optimizer._arenas()
+    paging = optimizer.paging()
+    assert paging["bytes"] > 220_000
+    assert 0 < paging["resident"] <= arena.window <= 110_000
+    assert arena.window < paging["bytes"] / 2
+
+
+def test_without_managed_access(on_emulator: None) -> None:
+    emulation.set_concurrent_managed_access(False)
+    optimizer, params = make("managed", "auto")
+    with pytest.raises(ValueError, match=r"not 'managed': .*no concurrent managed access"):
+        train(optimizer, params, range(1))
+    assert not optimizer.state
+    optimizer, params = make("staged", "auto")
+    train(optimizer, params, range(1))
+
+
+def test_a_device_that_is_full(on_emulator: None) -> None:
+    emulation.set_device_bytes(4096)
+    optimizer, params = make("managed", "auto")
+    with pytest.raises(MemoryError, match="'staged' takes no more than its window"):
+        train(optimizer, params, range(1))
+    optimizer, params = make("staged", "auto")
+    with pytest.raises(MemoryError, match="out of memory"):
+        train(optimizer, params, range(1))
+    emulation.set_device_bytes(1 << 20)
+    train(optimizer, params, range(1, 3))

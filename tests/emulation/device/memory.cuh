@@ -53,9 +53,5 @@ inline Status concurrent_managed_access(int* yes) {
   *yes = runtime().concurrent_managed_access();
   return {};
 }
-inline Status pageable_memory_access(int* yes) {
-  *yes = runtime().pageable_memory_access();
-  return {};
-}
 
 }  // namespace qlora::cuda
