@@ -28,11 +28,12 @@ class Stage:
 
 # 600 seconds together. `build` comes first: the others run what it made.
 STAGES = (
-    Stage("build", 180, "builds for this card alone, into a folder of its own"),
-    Stage("tests", 120, "the op tests, the same files, with the ops on the device"),
+    Stage("build", 170, "builds for this card alone, into a folder of its own"),
+    Stage("tests", 110, "the op tests, the same files, with the ops on the device"),
     Stage("sanitize", 70, "compute-sanitizer over every op (the emulator checks by itself)"),
-    Stage("microbench", 120, "ours and the peers, as fractions of the measured limits"),
+    Stage("microbench", 110, "ours and the peers, as fractions of the measured limits"),
     Stage("train", 60, "a training step of a stack of layers in an 8B model's shapes"),
+    Stage("paging", 30, "paged optimizers: all state resident, and all of it on the host"),
     Stage("tune", 50, "every way of the product; where the shipped table is not the fastest"),
 )
 

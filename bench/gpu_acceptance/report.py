@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu_acceptance import paging
 from bench.gpu_acceptance.setting import Setting
 
 
@@ -61,6 +62,53 @@ def _tune(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _rate(bytes_per_second: float | None) -> str:
+    return "–" if bytes_per_second is None else f"{bytes_per_second / 1e9:.1f} GB/s"
+
+
+def _of_bar(value: float, bar: float, most: bool) -> str:
+    reached = value <= bar if most else value >= bar
+    return f"{value:.2f} ({'≤' if most else '≥'} {bar}: {'reached' if reached else 'missed'})"
+
+
+def _paging(result: dict[str, Any]) -> list[str]:
+    rate = result["link_bytes_per_second"]
+    lines = [
+        f"The link, by copies both ways at once: {_rate(rate)} each way. Steps of AdamW, 32-bit "
+        "state: their time as a multiple of the plain one's, what moved a second, and the share of "
+        "the time that the step waited for it.",
+        "",
+        "| state | pager | of the plain step | in | out | of the link | waited | same bits |",
+        "|---|---|---|---|---|---|---:|---|",
+    ]
+    for where in ("resident", "on the host"):
+        for pager in paging.PAGERS:
+            row = result.get(where, {}).get(pager)
+            if row is None or "lacks" in row:
+                lines.append(f"| {where} | {pager} | {row and row['lacks']} | | | | | |")
+                continue
+            slower = min(row["in_per_second"], row["out_per_second"])
+            of_plain, of_link = f"{row['of_plain']:.2f}", "–"
+            if rate is not None and where == "resident":
+                of_plain = _of_bar(row["of_plain"], paging.MOST_RESIDENT, most=True)
+            elif rate is not None:
+                of_link = _of_bar(slower / rate, paging.LEAST_OF_LINK, most=False)
+            lines.append(
+                f"| {where} | {pager} | {of_plain} | {_rate(row['in_per_second'])} | "
+                f"{_rate(row['out_per_second'])} | {of_link} | {row['waited']:.0%} | "
+                f"{'yes' if row['equal'] else 'NO'} |"
+            )
+    if "oversubscribed" in result:
+        row = result["oversubscribed"]
+        lines += [
+            "",
+            f"Oversubscribed: {row['bytes'] / 1e9:.1f} GB of managed memory where "
+            f"{row['free'] / 1e9:.1f} GB are free: {_rate(row['in_per_second'])} in, "
+            f"{_rate(row['out_per_second'])} out, contents {'right' if row['equal'] else 'WRONG'}.",
+        ]
+    return lines
+
+
 def _as_json(result: dict[str, Any]) -> list[str]:
     return ["```json", json.dumps(result, indent=1), "```"]
 
@@ -84,7 +132,9 @@ def write(setting: Setting, state: dict[str, Any]) -> None:
     for name, ended in state.items():
         lines += ["", f"## {name}", ""]
         if name in results:
-            write_part = {"microbench": _microbench, "tune": _tune}.get(name, _as_json)
+            write_part = {"microbench": _microbench, "tune": _tune, "paging": _paging}.get(
+                name, _as_json
+            )
             lines += write_part(results[name])
         if ended["log_tail"]:
             lines += ["", "```", ended["log_tail"], "```"]

@@ -21,6 +21,7 @@ class Setting:
     folder: Path
     emulate: bool
     bitsandbytes: Path | None  # a wheel
+    oversubscribe: bool = False  # managed memory beyond what the card has free
 
     @property
     def backend(self) -> str:
@@ -47,17 +48,22 @@ class Setting:
         return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
     def arguments(self) -> list[str]:
-        return ["--out", str(self.folder), *(["--emulate"] if self.emulate else [])]
+        flags = {"--emulate": self.emulate, "--oversubscribe": self.oversubscribe}
+        return ["--out", str(self.folder), *(flag for flag, on in flags.items() if on)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_acceptance")
     parser.add_argument("--emulate", action="store_true", help="on the emulator, with small sizes")
     parser.add_argument("--bitsandbytes", type=Path, help="its wheel, to compare with")
+    parser.add_argument(
+        "--oversubscribe", action="store_true",
+        help="stage paging: ask for more managed memory than is free, on a machine of your own",
+    )  # fmt: skip
 
 
 def of_arguments(args: argparse.Namespace) -> Setting:
-    return Setting(args.out.resolve(), args.emulate, args.bitsandbytes)
+    return Setting(args.out.resolve(), args.emulate, args.bitsandbytes, args.oversubscribe)
 
 
 def of_stage(description: str | None) -> Setting:

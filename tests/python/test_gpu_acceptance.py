@@ -55,6 +55,19 @@ def test_the_tuned_table_lies_beside_the_report(tmp_path: Path) -> None:
     assert "4 cases" in (tmp_path / "report.md").read_text()
 
 
+def test_paged_steps_have_the_plain_steps_bits(tmp_path: Path) -> None:
+    ran = _run(tmp_path, "--stage", "paging", "--oversubscribe")
+    assert ran.returncode == 0, ran.stdout + ran.stderr + (tmp_path / "paging.log").read_text()
+    result = json.loads((tmp_path / "paging.json").read_text())
+    for pager in ("managed", "staged"):
+        assert result["resident"][pager]["resident"] == result["resident"]["bytes"]
+        assert result["resident"][pager]["in_per_second"] == 0
+        assert result["on the host"][pager]["in_per_second"] > 0
+        assert result["resident"][pager]["equal"] and result["on the host"][pager]["equal"]
+    assert result["oversubscribed"]["bytes"] > result["oversubscribed"]["free"]
+    assert "| on the host | staged |" in (tmp_path / "report.md").read_text()
+
+
 def test_the_stages_fit_into_ten_minutes() -> None:
     assert sum(stage.seconds for stage in acceptance.STAGES) <= 600
 
