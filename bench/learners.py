@@ -107,11 +107,7 @@ def _peer(folder: Path, dtype: torch.dtype, lr: float, quantized: bool, evaluate
         )
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
     if quantized and evaluated:
-        import bitsandbytes
-
-        for module in base.modules():
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                module.support_avx512bf16_for_cpu = False
+        keep_unpacked(base)
     config = peft.LoraConfig(
         r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -125,6 +121,15 @@ def _peer(folder: Path, dtype: torch.dtype, lr: float, quantized: bool, evaluate
         return result
 
     return Learner(model, optimizer, loss)
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Tell bitsandbytes' layers that the processor has no AVX512-BF16: see above."""
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 # ---- the model's files, made once ----------------------------------------------------------------
