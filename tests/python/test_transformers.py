@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -67,6 +68,20 @@ def test_quantizes_while_loading_and_round_trips(folder, tmp_path, options):
     q_proj = again.model.layers[0].self_attn.q_proj
     assert q_proj.compute_dtype == (torch.bfloat16 if "compute_dtype" in options else None)
     assert again.config.quantization_config.to_dict() == model.config.quantization_config.to_dict()
+
+
+def test_one_float_weight_is_in_memory_at_a_time(folder, monkeypatch):
+    seen = []
+    real = ours.QLoRANativeQuantizer.quantize
+
+    def quantize(self, weight, name):
+        assert [ref for ref in seen if ref() is not None] == []
+        seen.append(weakref.ref(weight))
+        return real(self, weight, name)
+
+    monkeypatch.setattr(ours.QLoRANativeQuantizer, "quantize", quantize)
+    load(folder, ours.QLoRANativeConfig(), dtype=torch.bfloat16)
+    assert len(seen) == 14
 
 
 def test_dtype_skipped_modules_and_the_report(folder):
