@@ -10,7 +10,7 @@
 //   shared memory   operands that wgmma reads: 40 kB for each 64 rows          640
 //   128 bytes       W written: 256; x written: 128; codes written and read: 128
 //   a clock         together                                                  1152
-//   issue           of the producer's warp, on its scheduler            720 to 855
+//   issue           of the producer's warp, on its scheduler            690 to 815
 //
 // (A dense kernel of this tile lacks the codes alone: 1024.) From memory and the second-level cache
 // a tile takes 8 kB of codes and 16 kB of x a step, 24 bytes a clock.

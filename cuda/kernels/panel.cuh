@@ -44,7 +44,8 @@ __device__ void copy_panel(Shared<T> to, int base, const RowMajor<T>& from, std:
   const int own_column = thread_index() % kPieces * kPiece;
   const int own_place = base + (panel_row(own_row) ^ own_column);
   const std::int64_t first = (row + own_row) * from.columns + column + own_column;
-  const std::int64_t rows_there = column + own_column < from.columns ? from.rows - row : 0;
+  const std::int64_t rest = column + own_column < from.columns ? from.rows - row : 0;
+  const int rows_there = static_cast<int>(rest < kRows ? rest : kRows);
 #pragma unroll
   for (int i = 0; i < kRows; i += kRowsAtATime) {
     async_copy<16>(to, own_place + i * kPanelColumns, from.data, first + i * from.columns,

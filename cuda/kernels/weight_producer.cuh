@@ -4,7 +4,7 @@
 // A step's tile has 256 rows of 64 values: in the forward product a row of W each, in the input
 // gradient four panels of 64 rows of W, side by side. Either way a thread dequantizes two of these
 // rows, 128 apart, by look-ups in registers (weight_tile.cuh: 3.6 instructions a value and
-// lane, 3.1 where 64 values have one scale; 400 to 461 a warp and step, and 720 to 855 with scales,
+// lane, 3.1 where 64 values have one scale; 400 to 461 a warp and step, and 690 to 815 with scales,
 // addresses and the copies of x, of the 1024 clocks that wgmma takes for it). The scales of a step
 // are loaded a step ahead.
 //
