@@ -1,9 +1,12 @@
 // The pager "file": state in a mapped file, which may exceed RAM.
 //
 // The mapping is shared, so that what is in RAM is the system's page cache, no copy of it, and
-// counts for no limit of the process. Reading ahead is begun in pieces, because the system cuts one
-// request short; a range that leaves is first handed to the disk, and dropped some evictions later,
-// when that is over as a rule: only what is clean and in no page table can be dropped.
+// counts for no limit of the process. What limits the rate is less the disk than the system's work
+// for each page: ranges of huge pages' size come and go in huge pages, which the system reads, and
+// the next one ahead, as they are put into the page table. A smaller range is read ahead by
+// prefetch, in pieces, because the system cuts one request short. A range that leaves is first
+// handed to the disk, and dropped some evictions later, when that is over as a rule: only what is
+// clean and in no page table can be dropped.
 //
 // What the disk cannot read would be a signal in the middle of a kernel (SIGBUS). Pages are
 // therefore put into the page table by acquire, in one call of the system, where it is an error.
@@ -30,6 +33,7 @@
 namespace qlora::cpu {
 namespace {
 
+constexpr std::int64_t kHugePage = 2 << 20;
 constexpr std::int64_t kReadAhead = 128 << 10;  // what Linux reads ahead at most, by default
 // Bytes on their way out until one waits for them; of a small buffer a quarter.
 constexpr std::int64_t kMostLeaving = 32 << 20;
@@ -71,10 +75,16 @@ struct FileBuffer : PagedBuffer {
     if (file >= 0) ::close(file);
   }
 
+  // Outwards, so that no page of a range stays; a huge page leaves as a whole or not at all.
   [[nodiscard]] Span pages(std::int64_t begin, std::int64_t n) const {
-    const std::int64_t first = begin / page_size() * page_size();
-    const std::int64_t last = (begin + n + page_size() - 1) / page_size() * page_size();
+    const std::int64_t page = is_huge(begin, n) ? kHugePage : page_size();
+    const std::int64_t first = begin / page * page;
+    const std::int64_t last = (begin + n + page - 1) / page * page;
     return {first, std::min(last, mapped) - first};
+  }
+
+  [[nodiscard]] static bool is_huge(std::int64_t begin, std::int64_t n) {
+    return n >= kHugePage && begin % kHugePage == 0;
   }
 
   int advise(Span span, int advice) const {
@@ -109,19 +119,14 @@ std::int64_t resident_bytes(const FileBuffer& buffer, Span span) {
   return resident;
 }
 
-void read_ahead(FileBuffer& buffer, Span span) {
-  const std::int64_t missing = span.bytes - resident_bytes(buffer, span);
-  if (missing == 0) return;
-  buffer.counts.moved_in += missing;
+void read_ahead(const FileBuffer& buffer, Span span) {
   for (std::int64_t done = 0; done < span.bytes; done += kReadAhead) {
     buffer.advise({span.begin + done, std::min(kReadAhead, span.bytes - done)}, MADV_WILLNEED);
   }
 }
 
-// Waits for the disk to have the oldest of those that leave, and drops it.
-Status drop_oldest(FileBuffer& buffer) {
-  const Leaving oldest = buffer.leaving.front();
-  const Span span = buffer.pages(oldest.begin, oldest.bytes);
+// Waits for the disk to have it, and drops it.
+Status drop(FileBuffer& buffer, Span span) {
   {
     const Stopwatch watch{buffer.counts.waited_ns};
     if (::sync_file_range(buffer.file, span.begin, span.bytes,
@@ -132,6 +137,13 @@ Status drop_oldest(FileBuffer& buffer) {
   }
   buffer.advise(span, MADV_DONTNEED);
   ::posix_fadvise(buffer.file, span.begin, span.bytes, POSIX_FADV_DONTNEED);
+  return {};
+}
+
+Status drop_oldest(FileBuffer& buffer) {
+  const Leaving oldest = buffer.leaving.front();
+  const Status status = drop(buffer, buffer.pages(oldest.begin, oldest.bytes));
+  if (!status.ok()) return status;
   buffer.leaving.pop_front();
   buffer.leaving_bytes -= oldest.bytes;
   buffer.ranges.erase(oldest.begin);
@@ -167,6 +179,8 @@ Status open(const PagedParams& params, PagedBuffer** result) {
     return {StatusCode::unsupported, "its file system maps no files into memory"};
   }
   buffer->memory = static_cast<std::byte*>(memory);
+  // A wish: where the system or the file system has none, small pages do.
+  buffer->advise({0, buffer->mapped}, MADV_HUGEPAGE);
   *result = buffer;
   return {};
 }
@@ -182,7 +196,10 @@ Status prefetch(PagedBuffer* paged, std::int64_t begin, std::int64_t bytes, void
   FileBuffer& buffer = file_of(paged);
   Range& range = buffer.ranges[begin];
   if (range.presence == Presence::absent) {
-    read_ahead(buffer, buffer.pages(begin, bytes));
+    const Span span = buffer.pages(begin, bytes);
+    const std::int64_t missing = span.bytes - resident_bytes(buffer, span);
+    buffer.counts.moved_in += missing;
+    if (missing > 0 && !FileBuffer::is_huge(begin, bytes)) read_ahead(buffer, span);
     range.presence = Presence::coming;
   } else if (range.presence == Presence::leaving) {
     keep(buffer, begin, bytes);
@@ -237,7 +254,8 @@ Status settle(PagedBuffer* paged) {
   while (!buffer.leaving.empty()) {
     if (Status status = drop_oldest(buffer); !status.ok()) return status;
   }
-  return {};
+  // What the host looked at, too: it may lie in pages that no range covers as a whole.
+  return buffer.ranges.empty() ? drop(buffer, {0, buffer.mapped}) : Status{};
 }
 
 Status stats(PagedBuffer* paged, PagedStats* result) {

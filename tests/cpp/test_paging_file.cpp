@@ -89,7 +89,7 @@ std::int64_t resident_by_mincore(void* address, std::int64_t bytes) {
 }
 
 void test_residency(const char* directory) {
-  constexpr std::int64_t kChunk = 1 << 20, kBytes = 8 * kChunk;
+  constexpr std::int64_t kChunk = 1 << 20, kBytes = 8 * kChunk;  // of small pages
   const Pager& pager = pager_of_files();
   PagedBuffer* buffer = nullptr;
   expect_ok(pager.open({.bytes = kBytes, .directory = directory}, &buffer));
@@ -126,6 +126,33 @@ void test_residency(const char* directory) {
   expect_ok(pager.evict(buffer, 0, kChunk, nullptr));
   expect_ok(pager.settle(buffer));
   expect(check(kBytes / 2, kBytes / 2).moved_out == kBytes / 2, "what is clean is not moved out");
+  pager.close(buffer);
+}
+
+// Of huge pages: the system reads one more ahead.
+void test_huge_pages(const char* directory) {
+  constexpr std::int64_t kHuge = 2 << 20, kChunk = 3 * kHuge, kChunks = 8;
+  constexpr std::int64_t kBytes = kChunk * kChunks - kHuge + 4321;
+  const Pager& pager = pager_of_files();
+  PagedBuffer* buffer = nullptr;
+  expect_ok(pager.open({.bytes = kBytes, .directory = directory}, &buffer));
+  PagedStats stats;
+  for (int step = 0; step < 3; ++step) {
+    for (std::int64_t begin = 0; begin < kBytes; begin += kChunk) {
+      const std::int64_t bytes = std::min(kChunk, kBytes - begin);
+      void* address = nullptr;
+      expect_ok(pager.prefetch(buffer, begin, bytes, nullptr));
+      expect_ok(pager.acquire(buffer, begin, bytes, nullptr, &address));
+      auto* const values = static_cast<std::uint8_t*>(address);
+      expect(values[0] == step && values[bytes - 1] == step, "what came back differs");
+      std::memset(values, step + 1, static_cast<std::size_t>(bytes));
+      expect_ok(pager.release(buffer, begin, bytes, nullptr, true));
+      expect_ok(pager.evict(buffer, begin, bytes, nullptr));
+    }
+    expect_ok(pager.settle(buffer));
+    expect_ok(pager.stats(buffer, &stats));
+    expect(stats.resident <= 2 * kHuge, "what was evicted stays");
+  }
   pager.close(buffer);
 }
 
@@ -219,6 +246,7 @@ int main() {
   const Directory directory;
   test_content(directory.path.c_str());
   test_residency(directory.path.c_str());
+  test_huge_pages(directory.path.c_str());
   test_errors(directory.path);
   test_a_thousand_cycles(directory.path);
   std::printf("%d cases, %d failures\n", cases, failures);

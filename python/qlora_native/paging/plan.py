@@ -20,8 +20,10 @@ CHUNK_BYTES = 16 << 20  # bench/bench_paged.py
 
 _ALIGNMENT = 256  # paging.h
 _PAGE = 4096
-# Values in a piece are a multiple of these: pages of 8-bit scales, or their alignment.
-_GRANULES = (_PAGE // 4 * 256, _ALIGNMENT // 4 * 256)
+_HUGE_PAGE = 2 << 20
+# Values in a piece are a multiple of one of these: huge pages of 8-bit codes or of fp32 moments,
+# pages of 8-bit scales, or what aligns these.
+_GRANULES = (_HUGE_PAGE, _HUGE_PAGE // 4, _PAGE // 4 * 256, _ALIGNMENT // 4 * 256)
 
 Layout = Mapping[str, tuple[Sequence[int], torch.dtype]]
 
@@ -79,13 +81,15 @@ def make_plan(layouts: Sequence[Layout], sizes: Sequence[int], chunk_bytes: int)
     chunks: list[Chunk] = []
     gathered: list[Piece] = []  # whole tensors, of a chunk that begins at `start`
     start = end = 0
+    # Chunks share no page.
+    page = _HUGE_PAGE if chunk_bytes >= 4 * _HUGE_PAGE else _PAGE
 
     def close() -> None:
         nonlocal start, end
         if gathered:
             chunks.append(Chunk(tuple(gathered), ((start, end - start),)))
             gathered.clear()
-        start = end = _up(end, _PAGE)
+        start = end = _up(end, page)
 
     for i, (layout, size) in enumerate(zip(layouts, sizes, strict=True)):
         total = sum(_up(_bytes(*entry), _ALIGNMENT) for entry in layout.values())
@@ -96,7 +100,7 @@ def make_plan(layouts: Sequence[Layout], sizes: Sequence[int], chunk_bytes: int)
         for key, (shape, dtype) in layout.items():
             n = math.prod(shape)
             placed[key] = Plane(end, tuple(shape), dtype, 1 if n == size else 256)
-            end = _up(end + placed[key].bytes, _PAGE if is_large else _ALIGNMENT)
+            end = _up(end + placed[key].bytes, page if is_large else _ALIGNMENT)
         planes.append(placed)
         if is_large:
             chunks += _cut(i, placed, size, chunk_bytes)
