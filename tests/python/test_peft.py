@@ -251,6 +251,22 @@ def test_half_activations_under_a_float_adapter(dtype):
         assert layer(x.float()).dtype == dtype
 
 
+def test_a_compute_dtype_holds_for_the_op_and_for_pefts_forward(monkeypatch):
+    from qlora_native.integrations.loaded_linear import LoadedLinear4bit
+
+    ours, twin = make_pair()
+    share_adapters(ours, twin)
+    layer, other = lora_layers(ours)[0], lora_layers(twin)[0]
+    layer.base_layer = LoadedLinear4bit.from_base(layer.base_layer, torch.bfloat16)
+    x = torch.randn(3, 64)
+    y = layer(x)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, layer(x.bfloat16().float()))
+    assert_close(y, other(x), torch.bfloat16)
+    monkeypatch.setattr(layer, "_only_plain_adapter", lambda: None)
+    assert_close(layer(x), other(x), torch.bfloat16)
+
+
 def test_hooks_on_an_adapter_are_called():
     ours, _ = make_pair()
     seen = []

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import qlora_native as qn
+from qlora_native.experts import Experts4bit
 from qlora_native.functional import quantize_4bit
 from qlora_native.nn import Linear4bit
 from tiny import make_llama
@@ -110,6 +112,9 @@ def test_layers_that_cannot_be_quantized_are_told(tmp_path, caplog):
     assert "model.layers.*.mlp.experts: down_proj: its matrices have 2048 values" in text
     left = model.hf_quantizer.report.unexpected()
     assert left["model.layers.0.mlp.experts"].nbytes == 4 * 2 * 3 * 64 * 32
+    qn.quantize(model)
+    assert type(model.model.layers[0].mlp.experts) is Experts4bit
+    assert torch.isfinite(logits(model)).all()
 
 
 def test_a_conv1d_model(tmp_path):
@@ -182,6 +187,11 @@ def same_bytes(a, b):
 def test_bitsandbytes_config_with_our_layers(folder, tmp_path, handled):
     model = load(folder, bnb_config())
     assert len(layers_of(model)) == 14
+    assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+    packed = model.model.layers[0].mlp.up_proj.weight.clone()
+    model.to(torch.bfloat16).to("cpu").to(torch.float32)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, packed)
+    model = load(folder, bnb_config())
     model.save_pretrained(tmp_path / "ours")
     again = load(tmp_path / "ours")
     assert torch.equal(logits(again), logits(model))
@@ -253,6 +263,13 @@ def test_casts_never_touch_the_packed_weights(folder):
     model.bfloat16()
     assert torch.equal(layer.weight, before[0]) and layer.quant_state == before[1]
     assert logits(model).dtype == torch.bfloat16
+
+
+def test_adapters_of_our_own_on_a_loaded_model(folder):
+    model = load(folder, ours.QLoRANativeConfig())
+    want = logits(model)
+    names = qn.add_lora(model, r=2)
+    assert len(names) == 14 and torch.allclose(logits(model), want, atol=1e-5)
 
 
 def test_copies_of_a_model(folder):

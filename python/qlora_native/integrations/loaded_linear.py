@@ -39,7 +39,8 @@ class LoadedLinear4bit(Linear4bit):
     """A Linear4bit that computes in compute_dtype (None: its input's), in and out as the input is.
 
     `from_base` makes one of a Linear4bit, whose tensors it uses. Weights that are quantized anew
-    are saved in the usual form.
+    are saved in the usual form. peft's adapters compute in compute_dtype too, those of
+    qlora_native.add_lora in their input's.
     """
 
     compute_dtype: torch.dtype | None = None

@@ -21,6 +21,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_native.experts import as_rows, is_experts
 from qlora_native.functional import quantize_4bit
+from qlora_native.integrations.config import METHOD
 from qlora_native.integrations.loaded_linear import LoadedLinear4bit, StoredForm
 from qlora_native.integrations.loading_experts import LoadingExperts, fuses_experts, packed_names
 from qlora_native.integrations.report import LoadReport
@@ -163,6 +164,9 @@ class QLoRANativeQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, mixture in experts.items():
             rounding = self._scale_rounding(next(iter(mixture.parameters())))
             _replace_with_hook(model, names_of[name], mixture, mixture.loaded(rounding))
+        # A BitsAndBytesConfig says "bitsandbytes", of whose layers transformers refuses casts and
+        # asks for the package before it moves them.
+        model.quantization_method = METHOD
         # peft and accelerate ask for this or for is_loaded_in_4bit, by which transformers'
         # num_parameters would import bitsandbytes.
         model.is_loaded_in_8bit = True
