@@ -21,6 +21,7 @@ from planted_faults import Build, Mutant, assert_caught, build, each
 from qlora_native import optim
 from qlora_native.optim.native import NativeOptimizer
 from qlora_native.optim.paged_state import PagedState
+from qlora_native.paging.pagers import choose_pager
 from test_paged_optim import assert_same_state, groups, parameters, train
 from test_paged_optim import each as each_optimizer
 
@@ -224,6 +225,50 @@ def test_the_budget_holds(pager: str, on_emulator: None) -> None:
     assert paging["bytes"] > 220_000
     assert 0 < paging["resident"] <= arena.window <= 110_000
     assert arena.window < paging["bytes"] / 2
+
+
+@pagers
+def test_a_step_that_fails_leaves_the_state_in_order(pager: str, on_emulator: None) -> None:
+    """Nothing stays acquired: the state can be saved, and a step can be taken again."""
+    optimizer, params = make(pager, 0)
+    step(optimizer, params, 1)
+    for n in (1, 4, 9):
+        emulation.fail("copy", n)
+        with pytest.raises(RuntimeError, match="made this call fail"):
+            step(optimizer, params, 1)
+        assert all(torch.isfinite(s["exp_avg"]).all() for s in optimizer.state.values())
+        assert optimizer.state_dict()["state"]
+        step(optimizer, params, 1)
+
+
+def test_what_stays_on_a_gpu_is_stepped_at_once(
+    on_emulator: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    apply = NativeOptimizer._apply
+    monkeypatch.setattr(
+        NativeOptimizer, "_apply", lambda self, *rest: (calls.append(1), apply(self, *rest))[1]
+    )
+    for budget, most in (("auto", 2), (0, 100)):
+        optimizer, params = make("staged", budget)
+        step(optimizer, params, 1)
+        calls.clear()
+        step(optimizer, params, 1)
+        chunks = len(optimizer._arenas()[0].chunks)
+        assert len(calls) == min(most, 1 + chunks)  # the first call has what is not paged: nothing
+
+
+def test_the_pager_that_fits_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    assert choose_pager(gpu, None, 1000) == ("managed", "the first choice there")
+    name, why = choose_pager(gpu, None, 1001)
+    assert name == "staged" and "1001 bytes of state, 1000 are free" in why
+    emulation.set_concurrent_managed_access(False)
+    name, why = choose_pager(gpu, None, 1)
+    emulation.set_concurrent_managed_access(True)
+    assert name == "staged" and "concurrent managed access" in why
+    assert choose_pager(gpu, "staged", 1) == ("staged", "as asked")
 
 
 def test_without_managed_access(on_emulator: None) -> None:

@@ -10,6 +10,7 @@ what was used longest ago would move everything.
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -58,6 +59,23 @@ class _Slot:
         return all(state.get(key) is t for key, t in self.arena.tensors[self.index].items())
 
 
+# A chunk of an arena, and the state of each of its pieces.
+_Present = tuple[Arena, int, list[dict[str, Tensor]]]
+
+
+def _acquire(run: Iterable[tuple[Arena, int]]) -> list[_Present]:
+    """All of them, or, if it raises, none."""
+    present: list[_Present] = []
+    try:
+        for arena, i in run:
+            present.append((arena, i, arena.acquire(i)))
+    except Exception:
+        for arena, i, _ in present:
+            arena.release(i)
+        raise
+    return present
+
+
 class PagedState(NativeOptimizer):
     """Mixed into an optimizer, before it; the arguments are that one's, and these by name:
 
@@ -103,6 +121,7 @@ class PagedState(NativeOptimizer):
         """Where the paged state is and what has moved.
 
         pager       its name; None before there is state
+        why         it is that one
         bytes       of state that is paged
         resident    of these in the device's memory now ("file": in RAM)
         paged_out   the rest
@@ -118,6 +137,7 @@ class PagedState(NativeOptimizer):
         }
         return {
             "pager": arenas[0].buffer.pager if arenas else None,
+            "why": arenas[0].why if arenas else None,
             "bytes": total["bytes"],
             "resident": total["resident"],
             "paged_out": total["bytes"] - total["resident"],
@@ -162,24 +182,26 @@ class PagedState(NativeOptimizer):
         paged = {self._slots[u.param]: u for u in updates if u.param in self._slots}
         super()._apply((u for u in updates if u.param not in self._slots), grad_scale)
         flat: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        for arena, i, states in self._walk(paged):
+        for present in self._walk(paged):
             pieces = []
-            for piece, state in zip(arena.chunks[i].pieces, states, strict=True):
-                update = paged.get(_Slot(arena, piece.tensor))
-                if update is None:
-                    continue
-                param, grad = update.param, update.grad
-                if not piece.whole:
-                    if param not in flat:
-                        flat[param] = param.view(-1), grad.reshape(-1)
-                    param, grad = (t[piece.begin : piece.end] for t in flat[param])
-                pieces.append(Update(param, grad, update.group, state, update.progress))
+            for arena, i, states in present:
+                for piece, state in zip(arena.chunks[i].pieces, states, strict=True):
+                    update = paged.get(_Slot(arena, piece.tensor))
+                    if update is None:
+                        continue
+                    param, grad = update.param, update.grad
+                    if not piece.whole:
+                        if param not in flat:
+                            flat[param] = param.view(-1), grad.reshape(-1)
+                        param, grad = (t[piece.begin : piece.end] for t in flat[param])
+                    pieces.append(Update(param, grad, update.group, state, update.progress))
             super()._apply(pieces, grad_scale)
 
-    def _walk(
-        self, stepped: Container[_Slot]
-    ) -> Iterator[tuple[Arena, int, list[dict[str, Tensor]]]]:
-        """Each chunk with a tensor that is stepped, present while it is the caller's."""
+    def _walk(self, stepped: Container[_Slot]) -> Iterator[list[_Present]]:
+        """Each chunk with a tensor that is stepped, present while it is the caller's.
+
+        One by one; on a GPU those that stay together, for one launch.
+        """
         arenas = self._arenas()
         todo = [
             (arena, i)
@@ -188,20 +210,30 @@ class PagedState(NativeOptimizer):
             if any(_Slot(arena, piece.tensor) in stepped for piece in chunk.pieces)
         ]
         stay = self._staying(arenas)
-        for n, (arena, i) in enumerate(todo):
+        n = 0
+        while n < len(todo):
+            first = todo[n][0]
+            run = [(a, i) for a, i in todo[n:] if a is first and a.at_once and i < stay[a]]
+            run = run or todo[n : n + 1]
             try:
-                states = arena.acquire(i)
+                present = _acquire(run)
             except MemoryError:  # the budget is more than there is: by as little as can be
                 stay = dict.fromkeys(arenas, 0)
                 self.pressure()
-                states = arena.acquire(i)
-            if n + 1 < len(todo):
-                following, j = todo[n + 1]
-                following.prefetch(j)
-            yield arena, i, states
-            arena.release(i)
-            if i >= stay[arena]:
-                arena.evict(i)
+                run = todo[n : n + 1]
+                present = _acquire(run)
+            n += len(run)
+            try:
+                if n < len(todo):
+                    following, j = todo[n]
+                    following.prefetch(j)
+                yield present
+            finally:
+                for arena, i in run:
+                    arena.release(i)
+            for arena, i in run:
+                if i >= stay[arena]:
+                    arena.evict(i)
 
     def _staying(self, arenas: Iterable[Arena]) -> dict[Arena, int]:
         """For each arena how many of its chunks stay, the first ones."""
@@ -269,12 +301,13 @@ class PagedState(NativeOptimizer):
         self, device: torch.device, params: list[Tensor], layouts: Mapping[Tensor, Layout]
     ) -> Arena:
         options = self._options
-        place = Place(
-            choose_pager(device, options.pager),
-            device,
-            options.paging_directory,
-            options.chunk_bytes,
+        n_bytes = sum(
+            math.prod(shape) * dtype.itemsize
+            for param in params
+            for shape, dtype in layouts[param].values()
         )
+        pager, why = choose_pager(device, options.pager, n_bytes)
+        place = Place(pager, device, options.paging_directory, options.chunk_bytes, why)
         taken = sum(arena.plan.bytes for arena in self._arenas() if arena.device == device)
         budget = max(0, self._budget(device) - taken)
         return Arena(place, [layouts[p] for p in params], [p.numel() for p in params], budget)

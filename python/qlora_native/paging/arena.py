@@ -28,6 +28,7 @@ class Place:
     device: torch.device  # of the parameters
     directory: str | None  # "file"
     chunk_bytes: int
+    why: str  # that pager
 
 
 class Arena:
@@ -49,6 +50,9 @@ class Arena:
         self.plan = make_plan(layouts, sizes, place.chunk_bytes)
         self.chunks = self.plan.chunks
         self.device = place.device
+        self.why = place.why
+        # On a GPU chunks that stay cost nothing to have at once, and a launch for each would.
+        self.at_once = place.pager != "file"
         largest = max(chunk.bytes for chunk in self.chunks)
         # Each range of a window is rounded up.
         slack = sum(256 * len(chunk.ranges) for chunk in self.chunks)
@@ -80,10 +84,17 @@ class Arena:
     def acquire(self, i: int) -> list[State]:
         """The state of each piece of chunk i, for kernels that are launched until `release`.
 
-        Of whole tensors in their shape, of other pieces flat.
+        Of whole tensors in their shape, of other pieces flat. If it raises, nothing is acquired.
         """
         stream = self._stream()
-        bytes_of = [self.buffer.acquire(begin, n, stream) for begin, n in self.chunks[i].ranges]
+        bytes_of: list[PagedBytes] = []
+        try:
+            for begin, n in self.chunks[i].ranges:
+                bytes_of.append(self.buffer.acquire(begin, n, stream))
+        except Exception:
+            for begin, n in self.chunks[i].ranges[: len(bytes_of)]:
+                self.buffer.release(begin, n, stream, modified=False)
+            raise
         addresses = [each.address for each in bytes_of]
         known = self._views.get(i)
         if known is None or known[0] != addresses:
