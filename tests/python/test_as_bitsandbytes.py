@@ -102,6 +102,11 @@ def test_checkpoints_of_either_trainer_hold_the_same_state(runs):
         assert state.keys() == b["state"][key].keys() and state["step"] == b["state"][key]["step"]
 
 
+def test_what_the_packages_and_its_users_suites_check(tmp_path):
+    printed = python(*RUNNER, HERE / "bnb_behaviours.py", tmp_path)
+    assert printed.splitlines()[-1] == "11 behaviours of qlora_native.bitsandbytes"
+
+
 # ---- names and imports ---------------------------------------------------------------------------
 
 NAMES = """
