@@ -46,7 +46,7 @@ test-cuda-build: .venv-test/ready
 nightly: test-cuda-build
 	QLORA_TEST_ISAS=cuda-emulated $(TEST) -m pytest -m emulated
 	$(TEST) -m pytest tests/python/test_emulation.py tests/python/test_gpu_acceptance.py \
-	    tests/python/test_linear_few_rows.py tests/python/test_linear_tiles.py \
+	    tests/python/test_linear_few_rows.py tests/python/test_linear_tiles.py tests/python/test_lora_tensor.py \
 	    tests/python/test_tile_faults.py tests/python/test_qlora_faults.py
 
 test-abi: .venv-test/ready

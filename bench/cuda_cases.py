@@ -203,27 +203,36 @@ def _fma() -> list[Case]:
 
 
 def _lora() -> list[Case]:
-    """dB and dA with what they need: lora_product, then lora_sums."""
-    m, n, k, r = 256, 256, 256, 16
+    """The LoRA branch's gradients: lora_tensor, then lora_sums, which adds up the runs."""
+    m, n, k, r = 512, 256, 256, 16
 
     def make(of_a: bool) -> Call:
         grad, x = _normal(m, n).to(BF16), _normal(m, k).to(BF16)
         u, a, b = _normal(m, r), _normal(r, k), _normal(n, r)
         weight = _weight(n, k, True)
-        need = (False, of_a, not of_a, not of_a)
+        need = (False, of_a, True, True)
         return lambda: ops.qlora_linear_backward(
             grad, x, u, *weight, 64, "nf4", a, b, 2.0, 0.0, None, *need
         )
 
-    why = "sums of runs of the depth go to memory and back; each tile reads the small operand"
-    db, da = 2 * m * n + 4 * m * r + 4 * n * r + 2 * n, 2 * m * (n + k) + 4 * r * (n + k)
+    tile = 128  # rows of a result
+    small = 4 * m * r  # g or u, which each tile reads
+    sums = 2 * 4 * r  # there and back, for each row of a result and run
+    db, db_sums = 2 * m * n + small + 4 * n * r + 2 * n, sums * n + 2 * 4 * n
+    db_cached = (n / tile - 1) * small + db_sums
+    # g = scale * dy B: dy once more, B for each tile of rows; and g, a result and an operand.
+    g, g_sums = 2 * m * n + 4 * n * r + small, sums * m + small / 2
+    da, da_sums = 2 * m * k + small + 4 * k * r, sums * k
+    da_cached = (k / tile - 1) * small + da_sums + (m / tile - 1) * 4 * n * r + g_sums
+    why = (
+        "each tile of 128 rows reads the small operand again, out of the L2 cache; sums of runs of "
+        "the depth go to memory and back, as many bytes as 4 R / depth of a run are of 1"
+    )
     return [
-        Case("lora_product + lora_sums", f"dB and dbias, M = {m}, N = {n}, r = {r}",
-             lambda: make(False), db, cached=1.5 * db, why=why, multiply_adds=m * n * (r + 1)),
-        Case("lora_product + lora_sums", f"g and dA, M = {m}, N = K = {k}, r = {r}",
-             lambda: make(True), da, cached=2.1 * da, conflicts=512,
-             why=why + "; which accesses have the conflicts is not traced",
-             multiply_adds=m * (n + k) * r),
+        Case("lora_tensor + lora_sums", f"dB and dbias, M = {m}, N = {n}, r = {r}",
+             lambda: make(False), db, cached=db_cached, why=why),
+        Case("lora_tensor + lora_sums", f"g, dA, dB and dbias, M = {m}, N = K = {n}, r = {r}",
+             lambda: make(True), db + g + da, cached=db_cached + da_cached, why=why),
     ]  # fmt: skip
 
 

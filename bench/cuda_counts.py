@@ -49,7 +49,7 @@ over the predicted time.
 **What is missing makes it too good**: latency, launches and tails, and the issue slots of integer,
 address and conversion arithmetic, which the emulator does not count. One thing makes it too bad: an
 access of 16 bytes a lane is taken for four passes even where lanes share words, which a GPU may
-merge; `linear_fma` and `lora_product` are made of such accesses.
+merge; `linear_fma` is made of such accesses.
 The cases are small, so setting up tables weighs more than it does in a model's layer.
 
 """

@@ -63,4 +63,14 @@ __device__ inline std::uint32_t narrow_pair<BFloat16>(float first, float second)
   return detail::word_of(__floats2bfloat162_rn(first, second));
 }
 
+// tf32 is fp32 without the lower 13 bits of the mantissa. To the nearest, a tie away from 0: what
+// cvt.rna.tf32.f32 does in twice as many instructions, but for NaN, which may become 0 here.
+__device__ inline float round_tf32(float value) {
+  return __uint_as_float((__float_as_uint(value) + 0x1000u) & ~0x1FFFu);
+}
+// Towards 0; a NaN of this processor's stays one.
+__device__ inline float truncate_tf32(float value) {
+  return __uint_as_float(__float_as_uint(value) & ~0x1FFFu);
+}
+
 }  // namespace qlora::cuda

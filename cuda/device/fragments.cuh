@@ -9,6 +9,12 @@
 //       word 1: row g + 8, k 2t, 2t + 1          word 3: row g + 8, k 2t + 8, 2t + 9
 //   B   word 0: column g,  k 2t, 2t + 1          word 1: column g,  k 2t + 8, 2t + 9
 //   D   value 0, 1: row g, columns 2t, 2t + 1    value 2, 3: row g + 8, the same columns
+//
+// Of a product 8 deep of tf32, which is what an fp32 register holds but for its lower 13 bits (PTX:
+// mma.m16n8k8):
+//
+//   A   values 0 to 3: row g, k t; row g + 8, k t; row g, k t + 4; row g + 8, k t + 4
+//   B   values 0, 1: column g, k t; column g, k t + 4
 #pragma once
 
 #include <cstdint>
@@ -20,6 +26,12 @@ struct FragmentA {
 };
 struct FragmentB {
   std::uint32_t word[2];
+};
+struct FragmentA8 {
+  float value[4];
+};
+struct FragmentB8 {
+  float value[2];
 };
 struct Accumulator {
   float value[4];

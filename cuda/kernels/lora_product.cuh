@@ -88,13 +88,27 @@ struct OnesBeside {
   }
 };
 
+// [runs, rows, cols], or [runs, cols, rows] of a result that is wanted transposed; and behind them
+// those of a column beside the product's [runs, rows], so that neither breaks the other's sectors.
+struct LoraSums {
+  std::int64_t runs, rows, cols;
+  bool transposed;
+  Global<float> data;
+
+  [[nodiscard]] __device__ std::int64_t index(std::int64_t run, std::int64_t row,
+                                              std::int64_t col) const {
+    if (col >= cols) return (runs * cols + run) * rows + row;
+    return run * rows * cols + (transposed ? col * rows + row : row * cols + col);
+  }
+};
+
 template <class Left, class Right>
 struct LoraProductArguments {
-  std::int64_t rows, cols, depth;
+  std::int64_t rows, cols, depth;  // cols: with the one beside
   std::int64_t runs, run_depth;
   Left left;
   Right right;
-  Global<float> sums;  // [runs, rows, cols] out
+  LoraSums sums;  // out
 };
 
 template <int kTileCols, class Left, class Right>
@@ -122,7 +136,7 @@ __global__ void __launch_bounds__(FmaTile<kLoraTileRows, kTileCols>::kThreads,
     for (int j = 0; j < kQuad; ++j) {
       const std::int64_t col = first_col + Tile::col() + j;
       if (row < p.rows && col < p.cols) {
-        p.sums.store((run * p.rows + row) * p.cols + col, tile.sums.value[i][j]);
+        p.sums.data.store(p.sums.index(run, row, col), tile.sums.value[i][j]);
       }
     }
   }

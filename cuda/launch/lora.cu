@@ -4,16 +4,25 @@
 #include "device/launch.cuh"
 #include "kernels/lora_product.cuh"
 #include "kernels/lora_sums.cuh"
+#include "kernels/lora_tensor.cuh"
 #include "launch/lora.h"
-#include "launch/operands.h"
+#include "launch/lora_operands.h"
+#include "launch/lora_tensor.h"
 #include "qlora_native/dispatch.h"
 
 namespace qlora::cuda {
 namespace {
 
-// Two for each multiprocessor of a large card, whichever card it is.
-constexpr std::int64_t kWantedBlocks = 256;
-constexpr std::int64_t kLeastRunDepth = 128;
+// How a product's depth is cut, whichever card it is. On the CUDA cores two blocks for each
+// multiprocessor of a large card keep up with memory, on the tensor cores one, which is a stream of
+// copies, and the other gradient's job beside it: fewer runs, whose sums go to memory and back.
+struct Cut {
+  std::int64_t wanted_blocks;
+  std::int64_t least_depth;
+  std::int64_t step;
+};
+constexpr Cut kOnCudaCores{.wanted_blocks = 256, .least_depth = 128, .step = kStepDepth};
+constexpr Cut kOnTensorCores{.wanted_blocks = 128, .least_depth = 512, .step = kLoraTensorStep};
 
 template <int kTileCols, class Left, class Right>
 Status multiply(const LoraProductArguments<Left, Right>& a, const Context& context) {
@@ -28,53 +37,66 @@ template <class Left, class Right>
 Status multiply(const LoraRuns& runs, const Left& left, const Right& right, float* sums,
                 const Context& context) {
   const LoraProductArguments<Left, Right> a{.rows = runs.rows,
-                                            .cols = runs.cols,
+                                            .cols = runs.cols + (runs.beside ? 1 : 0),
                                             .depth = runs.depth,
                                             .runs = runs.runs,
                                             .run_depth = runs.run_depth,
                                             .left = left,
                                             .right = right,
-                                            .sums = {sums, runs.sums()}};
-  return runs.cols <= 16 ? multiply<16>(a, context) : multiply<32>(a, context);
+                                            .sums = lora_sums(runs, sums)};
+  return a.cols <= 16 ? multiply<16>(a, context) : multiply<32>(a, context);
 }
 
-AnyOperand<RowsOperand> any_rows(DType dtype, const void* data, std::int64_t columns,
-                                 std::int64_t depth) {
-  AnyOperand<RowsOperand> operand{.dtype = dtype, .fp32 = {}, .fp16 = {}, .bf16 = {}};
-  if (dtype == DType::float32) operand.fp32 = rows_operand<float>(data, columns, depth);
-  if (dtype == DType::float16) operand.fp16 = rows_operand<Float16>(data, columns, depth);
-  if (dtype == DType::bfloat16) operand.bf16 = rows_operand<BFloat16>(data, columns, depth);
-  return operand;
+Status grad_a_sums(const LoraGradientSums& sums, const QloraLinearBackwardParams& p, const float* g,
+                   const Context& context) {
+  return with_type(p.dtype, [&]<class T>() {
+    return multiply(sums.of_a,
+                    DroppedOperand<ColumnsOperand<T>>{
+                        .x = columns_operand<T>(p.x, p.m, p.weight.cols),
+                        .dropout = device_dropout(p.lora.dropout_p, p.lora.dropout_seed)},
+                    columns_operand<float>(g, p.m, p.lora.r), sums.a, context);
+  });
 }
 
-AnyOperand<ColumnsOperand> any_columns(DType dtype, const void* data, std::int64_t depth,
-                                       std::int64_t columns) {
-  AnyOperand<ColumnsOperand> operand{.dtype = dtype, .fp32 = {}, .fp16 = {}, .bf16 = {}};
-  if (dtype == DType::float32) operand.fp32 = columns_operand<float>(data, depth, columns);
-  if (dtype == DType::float16) operand.fp16 = columns_operand<Float16>(data, depth, columns);
-  if (dtype == DType::bfloat16) operand.bf16 = columns_operand<BFloat16>(data, depth, columns);
-  return operand;
+Status grad_b_sums(const LoraGradientSums& sums, const QloraLinearBackwardParams& p,
+                   const Context& context) {
+  const std::int64_t r = sums.of_b.cols;
+  return with_type(p.dtype, [&]<class T>() {
+    return multiply(sums.of_b, columns_operand<T>(p.grad_out, p.m, p.weight.rows),
+                    OnesBeside{.u = columns_operand<float>(p.u, p.m, r), .ones = sums.of_b.beside},
+                    sums.b, context);
+  });
 }
 
 }  // namespace
 
-LoraRuns::LoraRuns(std::int64_t rows, std::int64_t cols, std::int64_t depth)
-    : rows(rows), cols(cols), depth(depth), runs(1), run_depth(depth) {
+LoraRuns::LoraRuns(std::int64_t rows, std::int64_t cols, std::int64_t depth, bool on_tensor_cores,
+                   bool beside, bool transposed)
+    : rows(rows),
+      cols(cols),
+      depth(depth),
+      beside(beside),
+      transposed(transposed),
+      on_tensor_cores(on_tensor_cores),
+      runs(1),
+      run_depth(depth) {
   if (rows == 0 || depth == 0) return;
-  const std::int64_t wanted = ceil_div(kWantedBlocks, ceil_div(rows, kLoraTileRows));
-  const std::int64_t most = ceil_div(depth, kLeastRunDepth);
+  const Cut cut = on_tensor_cores ? kOnTensorCores : kOnCudaCores;
+  const std::int64_t wanted = ceil_div(cut.wanted_blocks, ceil_div(rows, kLoraTileRows));
+  const std::int64_t most = ceil_div(depth, cut.least_depth);
   const std::int64_t shortest = ceil_div(depth, std::min(wanted, most));
-  run_depth = ceil_div(shortest, kStepDepth) * kStepDepth;
+  run_depth = ceil_div(shortest, cut.step) * cut.step;
   runs = ceil_div(depth, run_depth);
 }
 
 Status lora_u_sums(const LoraRuns& runs, const QloraLinearParams& p, float* sums,
                    const Context& context) {
-  const std::int64_t m = p.base.m, k = p.base.weight.cols;
+  if (runs.on_tensor_cores) return lora_u_tensor(runs, p, sums, context);
+  const std::int64_t k = p.base.weight.cols;
   return with_type(p.base.dtype, [&]<class T>() {
     return multiply(runs,
                     DroppedOperand<RowsOperand<T>>{
-                        .x = rows_operand<T>(p.base.x, m, k),
+                        .x = rows_operand<T>(p.base.x, p.base.m, k),
                         .dropout = device_dropout(p.lora.dropout_p, p.lora.dropout_seed)},
                     any_rows(p.lora.dtype, p.lora.a, p.lora.r, k), sums, context);
   });
@@ -82,6 +104,7 @@ Status lora_u_sums(const LoraRuns& runs, const QloraLinearParams& p, float* sums
 
 Status lora_g_sums(const LoraRuns& runs, const QloraLinearBackwardParams& p, float* sums,
                    const Context& context) {
+  if (runs.on_tensor_cores) return lora_g_tensor(runs, p, sums, context);
   const std::int64_t n = p.weight.rows;
   return with_type(p.dtype, [&]<class T>() {
     return multiply(runs, rows_operand<T>(p.grad_out, p.m, n),
@@ -89,24 +112,18 @@ Status lora_g_sums(const LoraRuns& runs, const QloraLinearBackwardParams& p, flo
   });
 }
 
-Status lora_grad_a_sums(const LoraRuns& runs, const QloraLinearBackwardParams& p, const float* g,
-                        float* sums, const Context& context) {
-  return with_type(p.dtype, [&]<class T>() {
-    return multiply(runs,
-                    DroppedOperand<ColumnsOperand<T>>{
-                        .x = columns_operand<T>(p.x, p.m, p.weight.cols),
-                        .dropout = device_dropout(p.lora.dropout_p, p.lora.dropout_seed)},
-                    columns_operand<float>(g, p.m, p.lora.r), sums, context);
-  });
-}
-
-Status lora_grad_b_sums(const LoraRuns& runs, const QloraLinearBackwardParams& p, std::int64_t r,
-                        float* sums, const Context& context) {
-  return with_type(p.dtype, [&]<class T>() {
-    return multiply(runs, columns_operand<T>(p.grad_out, p.m, p.weight.rows),
-                    OnesBeside{.u = columns_operand<float>(p.u, p.m, r), .ones = runs.cols > r},
-                    sums, context);
-  });
+Status lora_gradient_sums(const LoraGradientSums& sums, const QloraLinearBackwardParams& p,
+                          const float* g, const Context& context) {
+  LoraGradientSums tensor = sums, cuda_cores = sums;
+  (sums.of_a.on_tensor_cores ? cuda_cores : tensor).a = nullptr;
+  (sums.of_b.on_tensor_cores ? cuda_cores : tensor).b = nullptr;
+  Status status;
+  if (tensor.a != nullptr || tensor.b != nullptr) {
+    status = lora_gradients_tensor(tensor, p, g, context);
+  }
+  if (status.ok() && cuda_cores.a != nullptr) status = grad_a_sums(sums, p, g, context);
+  if (status.ok() && cuda_cores.b != nullptr) status = grad_b_sums(sums, p, context);
+  return status;
 }
 
 Status lora_finish(const LoraSource& source, const LoraTarget& target, const Context& context) {

@@ -1,5 +1,5 @@
-// qlora_linear and its gradients: the LoRA branch's skinny products in fp32, and the base product
-// with LoRA's second product on the same accumulators, by whichever way (linear_paths.h).
+// qlora_linear and its gradients: the LoRA branch's skinny products, exact as fp32, and the base
+// product with LoRA's second product on the same accumulators, by whichever way (linear_paths.h).
 //
 //   forward    u = drop(x) A^T          -> u, and scale * u as an operand
 //              y = x W^T + bias + (scale u) B^T
@@ -67,20 +67,26 @@ float gain_of(const Lora& lora) {
   return lora.dropout_p > 0.0f ? dropout_gain(lora.dropout_p) : 1.0f;
 }
 
+// As they lie: rows and columns changed about where they are transposed.
 LoraSource sums_of(const LoraRuns& runs, const float* sums) {
   return {.dtype = DType::float32,
           .data = sums,
           .size = runs.sums(),
-          .row_stride = runs.cols,
+          .row_stride = runs.transposed ? runs.rows : runs.cols,
           .col_stride = 1,
           .runs = runs.runs,
           .run_stride = runs.rows * runs.cols};
 }
 
-LoraSource columns_of(LoraSource source, std::int64_t first) {
-  source.data = static_cast<const float*>(source.data) + first;
-  source.size -= first;
-  return source;
+// Of the column beside the product's (LoraSums).
+LoraSource sums_beside(const LoraRuns& runs, const float* sums) {
+  return {.dtype = DType::float32,
+          .data = sums + runs.runs * runs.rows * runs.cols,
+          .size = runs.runs * runs.rows,
+          .row_stride = 1,
+          .col_stride = 1,
+          .runs = runs.runs,
+          .run_stride = runs.rows};
 }
 
 LoraSource transposed(LoraSource source) {
@@ -92,26 +98,22 @@ LoraSource matrix(DType dtype, const void* data, std::int64_t rows, std::int64_t
   return {.dtype = dtype, .data = data, .size = rows * cols, .row_stride = cols, .col_stride = 1};
 }
 
-// dB [N, R] and dbias [N].
-Status grad_b_and_bias(const QloraLinearBackwardParams& p, const LoraRuns& runs, float* sums,
+// dB [N, R] and dbias [N] of their sums.
+Status grad_b_and_bias(const QloraLinearBackwardParams& p, const LoraRuns& runs, const float* sums,
                        const Context& context) {
-  const std::int64_t r = p.grad_b != nullptr ? p.lora.r : 0;
-  if (const Status status = lora_grad_b_sums(runs, p, r, sums, context); !status.ok()) {
-    return status;
-  }
-  const LoraSource all = sums_of(runs, sums);
-  if (r > 0) {
+  if (runs.cols > 0) {
     const LoraTarget grad_b{.rows = runs.rows,
-                            .cols = r,
+                            .cols = runs.cols,
                             .factor = p.lora.scale,
                             .out_dtype = p.lora.dtype,
                             .out = p.grad_b};
-    if (const Status status = lora_finish(all, grad_b, context); !status.ok()) return status;
+    const Status status = lora_finish(sums_of(runs, sums), grad_b, context);
+    if (!status.ok()) return status;
   }
-  if (p.grad_bias == nullptr) return {};
+  if (!runs.beside) return {};
   const LoraTarget grad_bias{
       .rows = runs.rows, .cols = 1, .out_dtype = p.dtype, .out = p.grad_bias};
-  return lora_finish(columns_of(all, r), grad_bias, context);
+  return lora_finish(sums_beside(runs, sums), grad_bias, context);
 }
 
 }  // namespace
@@ -123,7 +125,7 @@ Status qlora_linear(const QloraLinearParams& p, const Context& context) {
   if (r == 0 || m == 0) return linear_by_any_way(base, nullptr, context);
 
   const Operands operands(base.dtype, lora);
-  const LoraRuns runs(m, r, k);
+  const LoraRuns runs(m, r, k, lora_on_tensor_cores(base.dtype, base.x, k));
   Workspace workspace(context);
   float* sums = workspace.take_fp32(runs.sums());
   void* left = workspace.take(m * operands.padded, base.dtype);
@@ -170,12 +172,17 @@ Status qlora_linear_backward(const QloraLinearBackwardParams& p, const Context& 
   const bool wants_b = p.grad_b != nullptr && r > 0, wants_bias = p.grad_bias != nullptr;
   const bool branch_in_x = wants_x && r > 0 && m > 0;
 
-  const LoraRuns g_runs(m, r, n), a_runs(k, r, m);
-  const LoraRuns b_runs(n, (wants_b ? r : 0) + (wants_bias ? 1 : 0), m);
+  const bool tensor_x = lora_on_tensor_cores(p.dtype, p.x, k);
+  const bool tensor_dy = lora_on_tensor_cores(p.dtype, p.grad_out, n);
+  const LoraRuns g_runs(m, r, n, tensor_dy);
+  LoraGradientSums gradients{.of_a = LoraRuns(k, r, m, tensor_x, false, /*transposed=*/true),
+                             .a = nullptr,
+                             .of_b = LoraRuns(n, wants_b ? r : 0, m, tensor_dy, wants_bias),
+                             .b = nullptr};
   Workspace workspace(context);
   float* g_sums = workspace.take_fp32(wants_g ? g_runs.sums() : 0);
-  float* a_sums = workspace.take_fp32(wants_a ? a_runs.sums() : 0);
-  float* b_sums = workspace.take_fp32(b_runs.sums());
+  gradients.a = workspace.take_fp32(wants_a ? gradients.of_a.sums() : 0);
+  gradients.b = workspace.take_fp32(gradients.of_b.sums());
   float* g = workspace.take_fp32(wants_g ? m * r : 0);
   void* left = workspace.take(branch_in_x ? m * operands.padded : 0, p.dtype);
   void* right = workspace.take(branch_in_x ? k * operands.padded : 0, p.dtype);
@@ -219,16 +226,16 @@ Status qlora_linear_backward(const QloraLinearBackwardParams& p, const Context& 
         {.m = m, .weight = p.weight, .dtype = p.dtype, .grad_out = p.grad_out, .grad_x = p.grad_x},
         branch_in_x ? &term : nullptr, context);
   }
+  if (status.ok()) status = lora_gradient_sums(gradients, p, g, context);
   if (status.ok() && wants_a) {
-    status = lora_grad_a_sums(a_runs, p, g, a_sums, context);
-    if (status.ok()) {
-      status = lora_finish(
-          transposed(sums_of(a_runs, a_sums)),
-          {.rows = r, .cols = k, .factor = gain_of(lora), .out_dtype = lora.dtype, .out = p.grad_a},
-          context);
-    }
+    status = lora_finish(
+        sums_of(gradients.of_a, gradients.a),
+        {.rows = r, .cols = k, .factor = gain_of(lora), .out_dtype = lora.dtype, .out = p.grad_a},
+        context);
   }
-  if (status.ok() && b_runs.cols > 0) status = grad_b_and_bias(p, b_runs, b_sums, context);
+  if (status.ok() && (wants_b || wants_bias)) {
+    status = grad_b_and_bias(p, gradients.of_b, gradients.b, context);
+  }
   return status;
 }
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "counters.h"
+#include "device/convert.cuh"
 #include "device/global.cuh"
 #include "device/launch.cuh"
 #include "device/matrix.cuh"
@@ -172,6 +173,55 @@ void test_product() {
   expect(d == want, "mma multiplies as the document's tables have it");
 }
 
+// ---- tf32 ----
+
+__global__ void tf32_kernel(Global<const float> a, Global<const float> b, Global<float> d) {
+  const int group = lane_index() / 4;
+  const int t = lane_index() % 4;
+  // The document's formulas:
+  //   a_i: row = groupID for i in {0, 2}, else groupID + 8;
+  //        column = threadID_in_group for i < 2, else threadID_in_group + 4
+  //   b_i: row = threadID_in_group + 4 i; column = groupID
+  //   c_i: as with 16 bits
+  FragmentA8 fragment_a{};
+  for (int i = 0; i < 4; ++i) {
+    const int row = (i == 0 || i == 2) ? group : group + 8;
+    fragment_a.value[i] = round_tf32(a.load(row * 8 + (i < 2 ? t : t + 4)));
+  }
+  FragmentB8 fragment_b{};
+  for (int i = 0; i < 2; ++i) fragment_b.value[i] = b.load((t + 4 * i) * kN + group);
+  const auto at = [&](int i) { return (i < 2 ? group : group + 8) * kN + t * 2 + (i & 1); };
+  Accumulator sums{};
+  for (int i = 0; i < 4; ++i) sums.value[i] = d.load(at(i));
+  mma_m16n8k8_tf32(sums, fragment_a, fragment_b);
+  for (int i = 0; i < 4; ++i) d.store(at(i), sums.value[i]);
+}
+
+void test_tf32() {
+  // Whole numbers below 2^11 are tf32 numbers. In b something is put below their last bit, which is
+  // not looked at.
+  std::vector<float> a(kM * 8), b(8 * kN), d(kM * kN), want(kM * kN);
+  for (std::size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(i * i % 2011) - 1000.0f;
+  for (std::size_t i = 0; i < b.size(); ++i) b[i] = static_cast<float>(i * i * 3 % 41) - 20.0f;
+  for (std::size_t m = 0; m < kM; ++m) {
+    for (std::size_t n = 0; n < kN; ++n) {
+      d[m * kN + n] = want[m * kN + n] = static_cast<float>(m) + 0.5f;
+      for (std::size_t k = 0; k < 8; ++k) want[m * kN + n] += a[m * 8 + k] * b[k * kN + n];
+    }
+  }
+  for (float& value : b) value *= 1.0f + 0x1p-20f;
+  const Status status =
+      launch(tf32_kernel, {.grid = 1, .block = 32}, Global<const float>(a.data(), kM * 8),
+             Global<const float>(b.data(), 8 * kN), Global<float>(d.data(), kM * kN));
+  expect(status.ok(), "mma of tf32 runs", status.message);
+  expect(d == want, "mma of tf32 multiplies as the document's tables have it");
+
+  expect(round_tf32(1.0f + 0x1p-12f) == 1.0f, "tf32: to the nearest");
+  expect(round_tf32(1.0f + 0x1p-11f) == 1.0f + 0x1p-10f, "tf32: a tie goes away from 0");
+  expect(round_tf32(-1.0f - 0x1p-11f) == -1.0f - 0x1p-10f, "tf32: a negative tie too");
+  expect(truncate_tf32(1.0f + 0x1p-10f + 0x1p-11f) == 1.0f + 0x1p-10f, "tf32: towards 0");
+}
+
 void test_mma() {
   for (std::uint64_t seed = 0; seed < 4; ++seed) {
     machine().set_seed(seed);
@@ -191,5 +241,6 @@ int main() {
   test_matrices();
   test_conflicts();
   test_mma();
+  test_tf32();
   return emulation::report();
 }

@@ -35,6 +35,7 @@ MOST_REGISTERS = {
     "linear_wgmma_kernel": 168,  # 384 threads, before these share them out anew
     "linear_tiles_kernel": 255,  # of 256 rows; bounds hold the others to 128: two blocks of 256
     "lora_product_kernel": 255,  # 256 threads: lora_product.cuh says why they are enough
+    "lora_tensor_kernel": 255,  # bounds hold it to three blocks of 128 up to 16 columns, else two
 }
 HOST_ONLY = {"backend", "linear_4bit", "linear_measured", "linear_paths", "qlora_linear"}
 MOST_REGISTERS_OF_TILES = 40
@@ -45,6 +46,7 @@ MOST_REGISTERS_OF_TILES = 40
 INSTRUCTIONS = {
     "linear_few_rows_kernel": ("HMMA", "LDGSTS"),
     "linear_tiles_kernel": ("HMMA", "LDGSTS", "LDSM"),
+    "lora_tensor_kernel": ("HMMA", "LDGSTS", "LDSM"),
 }
 # And on sm_90a alone: products of warpgroups, bulk copies, registers that change hands.
 INSTRUCTIONS_OF_HOPPER = {

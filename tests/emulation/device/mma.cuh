@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "counters.h"
+#include "device/convert.cuh"
 #include "device/fragments.cuh"
 #include "device/thread.cuh"
 #include "qlora_native/types.h"
@@ -32,15 +33,39 @@ float half_of(std::uint32_t word, int half) {
   return to_float(T{static_cast<std::uint16_t>(word >> (16 * half))});
 }
 
-// Fragments to matrices, the product, and back. kK: 8 or 16.
+template <class Operands>
+const Operands& of_lane(const std::array<void*, kWarpSize>& lanes, int lane) {
+  return *static_cast<const Operands*>(lanes[static_cast<std::size_t>(lane)]);
+}
+
+// d += a b, and each lane's part of it back to the lane. What is in d is taken from the lanes.
+template <class Operands, int kK>
+void multiply_matrices(const std::array<void*, kWarpSize>& lanes, const float (&a)[16][kK],
+                       const float (&b)[kK][8]) {
+  float d[16][8];
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const Accumulator& own = *of_lane<Operands>(lanes, lane).d;
+    for (int i = 0; i < 4; ++i) d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = own.value[i];
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < kK; ++k) {
+      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    Accumulator& own = *of_lane<Operands>(lanes, lane).d;
+    for (int i = 0; i < 4; ++i) own.value[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+  }
+}
+
+// Fragments to matrices, and the product. kK: 8 or 16.
 template <class T, int kK>
 void multiply(const std::array<void*, kWarpSize>& lanes) {
   emulation::counters().product(2 * 16 * 8 * kK);
   float a[16][kK];
   float b[kK][8];
-  float d[16][8];
   for (int lane = 0; lane < kWarpSize; ++lane) {
-    const auto& own = *static_cast<const MmaOperands*>(lanes[static_cast<std::size_t>(lane)]);
+    const auto& own = of_lane<MmaOperands>(lanes, lane);
     const int group = lane / 4;
     const int pair = lane % 4 * 2;
     for (int half = 0; half < 2; ++half) {
@@ -50,24 +75,32 @@ void multiply(const std::array<void*, kWarpSize>& lanes) {
       for (int word = 0; word < kK / 8; ++word) {
         b[pair + word * 8 + half][group] = half_of<T>(own.b[word], half);
       }
-      d[group][pair + half] = own.d->value[half];
-      d[group + 8][pair + half] = own.d->value[2 + half];
     }
   }
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < kK; ++k) {
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
-    }
-  }
+  multiply_matrices<MmaOperands>(lanes, a, b);
+}
+
+struct MmaOperandsTf32 {
+  Accumulator* d;
+  const FragmentA8* a;
+  const FragmentB8* b;
+};
+
+// The lower 13 bits of an operand are not looked at. Counted twice: tensor cores take tf32 at half
+// the rate of 16-bit values.
+inline void multiply_tf32(const std::array<void*, kWarpSize>& lanes) {
+  emulation::counters().product(2 * (2 * 16 * 8 * 8));
+  float a[16][8];
+  float b[8][8];
   for (int lane = 0; lane < kWarpSize; ++lane) {
-    const auto& own = *static_cast<const MmaOperands*>(lanes[static_cast<std::size_t>(lane)]);
+    const auto& own = of_lane<MmaOperandsTf32>(lanes, lane);
     const int group = lane / 4;
-    const int pair = lane % 4 * 2;
-    for (int half = 0; half < 2; ++half) {
-      own.d->value[half] = d[group][pair + half];
-      own.d->value[2 + half] = d[group + 8][pair + half];
-    }
+    const int t = lane % 4;
+    for (int i = 0; i < 4; ++i)
+      a[group + i % 2 * 8][t + i / 2 * 4] = truncate_tf32(own.a->value[i]);
+    for (int i = 0; i < 2; ++i) b[t + i * 4][group] = truncate_tf32(own.b->value[i]);
   }
+  multiply_matrices<MmaOperandsTf32>(lanes, a, b);
 }
 
 }  // namespace detail
@@ -87,6 +120,12 @@ void mma_m16n8k16(Accumulator& d, const FragmentA& a, const FragmentB& b,
   static_assert(std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>);
   detail::MmaOperands operands{&d, a.word, b.word};
   machine().together("mma.m16n8k16", &operands, &detail::multiply<T, 16>, where);
+}
+
+inline void mma_m16n8k8_tf32(Accumulator& d, const FragmentA8& a, const FragmentB8& b,
+                             const Where& where = Where::current()) {
+  detail::MmaOperandsTf32 operands{&d, &a, &b};
+  machine().together("mma.m16n8k8.tf32", &operands, &detail::multiply_tf32, where);
 }
 
 }  // namespace qlora::cuda
