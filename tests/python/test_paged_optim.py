@@ -18,6 +18,7 @@ from optimizers import assert_equal, copies, through_disk
 from qlora_native import _core, optim
 from qlora_native.optim.native import NativeOptimizer
 from qlora_native.optim.paged_state import PagedState
+from qlora_native.paging import Arena
 
 DIRECTORY = "/var/tmp"  # on a disk, where /tmp is memory on some systems
 PAIRS = [
@@ -225,6 +226,26 @@ def test_pressure_pages_everything_out_and_it_comes_back() -> None:
     plain.step()
     assert_equal(params, twin)
     assert optimizer.paging()["resident"] == before["bytes"]
+
+
+def test_a_chunk_that_finds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a step, under a budget that is more than there is: all else leaves first."""
+    params, theirs = parameters(), parameters()
+    optimizer, other = optim.PagedAdamW(params, **SMALL), optim.AdamW(theirs)
+    train(optimizer, params, range(2))
+    real, calls = Arena.acquire, itertools.count()
+
+    def acquire(self: Arena, i: int) -> list[dict[str, Tensor]]:
+        if next(calls) == 5:
+            raise MemoryError
+        return real(self, i)
+
+    monkeypatch.setattr(Arena, "acquire", acquire)
+    train(optimizer, params, range(2, 3))
+    assert optimizer.paging()["moved_out"] > 0
+    train(other, theirs, range(3))
+    assert_equal(params, theirs)
+    assert_same_state(optimizer, other)
 
 
 # ---- bitsandbytes --------------------------------------------------------------------------------
