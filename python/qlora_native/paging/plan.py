@@ -108,7 +108,8 @@ def make_plan(layouts: Sequence[Layout], sizes: Sequence[int], chunk_bytes: int)
         else:
             gathered.append(Piece(i, 0, size, whole=True))
     close()
-    return Plan(end, tuple(planes), tuple(chunks))
+    bytes_used = max(begin + n for chunk in chunks for begin, n in chunk.ranges)
+    return Plan(bytes_used, tuple(planes), tuple(chunks))
 
 
 def _cut(tensor: int, planes: Mapping[str, Plane], size: int, chunk_bytes: int) -> list[Chunk]:
