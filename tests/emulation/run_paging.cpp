@@ -169,6 +169,11 @@ void paged_steps(const Pager& pager, Op<Params> op, const typename Params::Hyper
         check(pager.evict(buffer, Place::begin(i - 1), Place::bytes(i - 1), stream));
       }
     }
+    if (evicts) {  // sent away, and wanted again at once
+      const std::int64_t begin = Place::begin(kChunks - 1), bytes = Place::bytes(kChunks - 1);
+      check(pager.evict(buffer, begin, bytes, stream));
+      check(pager.prefetch(buffer, begin, bytes, stream));
+    }
     if (s == 1) continue;  // the next step finds things as they are
     check(pager.host_view(buffer, &host));
     // Saved, and loaded into another buffer, once.
