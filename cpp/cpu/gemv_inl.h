@@ -163,7 +163,7 @@ class GemvRun {
 
  private:
   static constexpr std::int64_t kWords = kCodesOfWords<V>;
-  static constexpr int kN = GemvShape<Decoder, kM>::kN;
+  using Shape = GemvShape<Decoder, kM>;
 
   template <class T>
   void read_x() {
@@ -233,9 +233,18 @@ class GemvRun {
       for (std::int64_t n = begin; n < end; ++n) compute_decoded_row(n, own);
       return;
     }
-    const std::int64_t whole_end = begin + (end - begin) / kN * kN;
-    compute_rows<kN>(begin, whole_end, own);
-    if constexpr (kN > 1) compute_rows<1>(whole_end, end, own);
+    if (p_.weight.cols >= Shape::kLong) {
+      compute_groups<Shape::kLongN>(begin, end, own);
+    } else {
+      compute_groups<Shape::kN>(begin, end, own);
+    }
+  }
+
+  template <int kGroup>
+  void compute_groups(std::int64_t begin, std::int64_t end, float* own) {
+    const std::int64_t whole_end = begin + (end - begin) / kGroup * kGroup;
+    compute_rows<kGroup>(begin, whole_end, own);
+    if constexpr (kGroup > 1) compute_rows<1>(whole_end, end, own);
   }
 
   // Rows begin..end - 1 of W, kGroup of them at a time: a column of out each.

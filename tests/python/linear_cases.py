@@ -29,6 +29,7 @@ CASES = {
     "model": Case(n=192, k=576, m=(1, 3, 17, 130)),
     "every_small_m": Case(n=70, k=256, m=(0, 1, 2, 3, 4, 5, 6, 7, 13, 15, 29)),
     "deep": Case(n=33, k=2048 + 32, m=(1, 4, 64)),
+    "row_past_l1": Case(n=3, k=6144 + 64, m=(1,)),
     "tails": Case(n=45, k=112, m=(1, 2, 5, 17), blocksize=32),
     "wider_than_a_block": Case(n=300, k=64, m=(1, 6, 64)),
     "blocks_across_rows": Case(n=19, k=96, m=(1, 4, 9), blocksize=256),
