@@ -1,5 +1,6 @@
 """Plants a fault in a CUDA kernel or a pager, runs it on the emulator, looks for what catches it.
 
+pytest -s -q -k 'fault and caught' tests/python prints each with what caught it.
 QLORA_TEST_FAULTS=some plants every third, for a run that is short of time.
 """
 
@@ -73,7 +74,9 @@ def assert_caught(mutant: Mutant, unchanged: Build, folder: Path) -> None:
     result = subprocess.run([program], capture_output=True, text=True, check=False)
     if mutant.caught_by == "digest":
         assert result.returncode == 0 and unchanged.digest not in result.stdout
+        caught = "other results"
     else:
         assert result.returncode == 1, "ran through"
-        last = result.stdout.splitlines()[-1]
-        assert last.startswith(mutant.caught_by), last
+        caught = result.stdout.splitlines()[-1]
+        assert caught.startswith(mutant.caught_by), caught
+    print(f"\n{mutant.file}: {mutant.name}\n    caught by: {caught}")
