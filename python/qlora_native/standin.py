@@ -7,7 +7,10 @@ name there; a finder answers importlib.metadata's questions for the version.
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import os
 import pkgutil
 import sys
@@ -25,6 +28,9 @@ _REMEMBERED = (
     ("peft.import_utils", "is_bnb_4bit_available"),
 )
 _DECIDED = ("transformers.integrations.bitsandbytes", "peft.helpers")
+# peft's LoRA layers for bitsandbytes, and what gives them the fused op once they are imported.
+_PEFT_LAYERS = "peft.tuners.lora.bnb"
+_ONE_OP = "qlora_native.integrations.peft_bitsandbytes"
 
 
 def install_as_bitsandbytes() -> ModuleType:
@@ -56,6 +62,10 @@ def install_as_bitsandbytes() -> ModuleType:
     for name in _submodules(ours):
         sys.modules[_THEIRS + name.removeprefix(_OURS)] = importlib.import_module(name)
     sys.meta_path.insert(0, _Metadata())
+    if hasattr(sys.modules.get(_PEFT_LAYERS), "Linear4bit"):
+        importlib.import_module(_ONE_OP)
+    else:
+        sys.meta_path.insert(0, _PeftLayers())
     for module_name, function in _REMEMBERED:
         forget = getattr(_loaded(module_name, function), "cache_clear", None)
         if forget is not None:
@@ -74,6 +84,33 @@ def _submodules(package: ModuleType) -> list[str]:
 
 def _loaded(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
+
+
+class _PeftLayers(importlib.abc.MetaPathFinder):
+    """Has peft's layers imported as ever, and then _ONE_OP: peft itself may never be."""
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _PEFT_LAYERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenOneOp(spec.loader)
+        return spec
+
+
+class _ThenOneOp(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        importlib.import_module(_ONE_OP)
 
 
 class _Metadata(importlib.metadata.DistributionFinder):

@@ -172,8 +172,67 @@ assert integration.bnb.nn.Linear4bit and peft.helpers.bnb.nn.Params4bit
 from peft.tuners.lora.bnb import dispatch_bnb_4bit
 """
 
+# One plain adapter is one op; peft's own forward serves the rest, to the same numbers.
+ONE_OP = """
+import qlora_native
+qlora_native.install_as_bitsandbytes()
+import bitsandbytes, peft, torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-@pytest.mark.parametrize("code", [NAMES, REFUSED, ABSENT], ids=["names", "refused", "absent"])
+
+class Ops(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = bitsandbytes.nn.Linear4bit(96, 64, compute_dtype=torch.float32)
+        self.is_loaded_in_4bit = True
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+model = Model().to("cpu")
+model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["layer"]))
+layer = model.base_model.model.layer
+assert isinstance(layer, peft.tuners.lora.Linear4bit), type(layer)
+torch.nn.init.normal_(layer.lora_B["default"].weight)
+x = torch.randn(5, 96, requires_grad=True)
+
+
+def forward():
+    global names
+    names = []
+    with Ops():
+        return model(x)
+
+
+def run():
+    y = forward()
+    gradients = torch.autograd.grad(y.square().sum(), [x, *layer.lora_A.parameters()])
+    return y, *gradients
+
+
+ours = run()
+assert [n for n in names if "qlora_native" in n] == ["qlora_native.qlora_linear.default"], names
+layer.lora_A["default"].register_forward_hook(lambda *_: None)
+theirs = run()
+assert "qlora_native.linear_4bit.default" in names, names
+for a, b in zip(ours, theirs):  # sums of some 100 products in float32, in another order
+    assert (a - b).norm() <= 100 * 2**-24 * b.norm()
+with model.disable_adapter():
+    forward()
+assert "qlora_native.linear_4bit.default" in names, names
+"""
+
+
+@pytest.mark.parametrize(
+    "code", [NAMES, REFUSED, ABSENT, ONE_OP], ids=["names", "refused", "absent", "one_op"]
+)
 def test_imports(code):
     python("-c", code)
 

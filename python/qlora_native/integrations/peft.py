@@ -28,20 +28,20 @@ from peft.tuners import lora
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from qlora_native import autograd
 from qlora_native.experts import StackedLinear4bit
+from qlora_native.integrations.peft_forward import OneOpForward, WeightParts
 from qlora_native.integrations.versions import check
 from qlora_native.linear import Linear4bit
 from qlora_native.lora import QLoRALinear
 from qlora_native.model import quantized_layers
-from qlora_native.quant_state import WEIGHT_DTYPES, QuantState
+from qlora_native.quant_state import QuantState
 from qlora_native.targets import ALL_LINEAR, output_embedding_names
 
 # Initial values that do not look at the base weight.
 _PLAIN_INITS = (True, False, "gaussian", "eva")
 
 
-class LoraLinear4bit(lora.Linear):  # type: ignore[misc]
+class LoraLinear4bit(OneOpForward, lora.Linear):  # type: ignore[misc]
     """peft's LoRA layer around a `Linear4bit`; its arguments are those of peft's `lora.Linear`.
 
     base_layer is the Linear4bit, with its weights untouched; lora_A, lora_B, scaling and all else
@@ -64,60 +64,17 @@ class LoraLinear4bit(lora.Linear):  # type: ignore[misc]
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features  # type: ignore[return-value]
 
-    # ---- forward ----
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in_features] -> [..., out_features], in x's dtype or autocast's."""
-        adapter = None if args or kwargs else self._only_plain_adapter()
-        if adapter is None or x.dtype not in WEIGHT_DTYPES:
-            result: Tensor = super().forward(x, *args, **kwargs)
-            return result
+    def weight_parts(self) -> WeightParts | None:
         base = self.base_layer
-        compute_dtype = getattr(base, "compute_dtype", None)
-        given, x = x.dtype, x if compute_dtype is None else x.to(compute_dtype)
-        dropout = self.lora_dropout[adapter]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device) if p else None
-        y = autograd.qlora_linear(
-            x,
+        return WeightParts(
             base.weight,
             base.absmax,
             base.nested_absmax,
             base.nested_offset,
             base.blocksize,
             base.format,
-            base.bias,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            self.scaling[adapter],
-            p,
-            seed,
+            getattr(base, "compute_dtype", None),
         )
-        return y if compute_dtype is None else y.to(given)
-
-    def _only_plain_adapter(self) -> str | None:
-        """The name of the active adapter, if it is one and the op computes what peft would."""
-        if self._disable_adapters or self.merged_adapters or not _is_bare(self.base_layer):
-            return None
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1:
-            return None
-        (name,) = active
-        a, b = self.lora_A[name], self.lora_B[name]
-        fits = (
-            name not in self.lora_variant
-            and not self.lora_bias[name]
-            and type(a) is nn.Linear
-            and type(b) is nn.Linear
-            and type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
-            and _is_bare(a)
-            and _is_bare(b)
-            and a.weight.dtype == b.weight.dtype
-            and a.weight.dtype in WEIGHT_DTYPES
-            and not a.weight.is_meta
-            and not self.base_layer.weight.is_meta
-        )
-        return name if fits else None
 
     # ---- what needs the weight as floats ----
 
@@ -214,17 +171,6 @@ def _as_rows(config: Any) -> Any:
     config = copy.copy(config)
     config.fan_in_fan_out = False
     return config
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Whether calling the module does no more than its class's forward."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 # ---- peft's dispatch -----------------------------------------------------------------------------
