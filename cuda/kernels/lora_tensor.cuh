@@ -17,8 +17,8 @@
 //   columns                                  16      32
 //   mma.sync of tf32   A100 (1024 flops)     512    1024
 //                      H100 (some 1300)      400     800
-//   issue              of u                  690    1030     read from sm_90a's machine code;
-//                      of dA and dB          800    1230     with dropout 900 more, 14 a value
+//   issue              of u                  690    1030     our reading of sm_90a's loops, no
+//                      of dA and dB          800    1230     count; with dropout 900 more
 //   shared memory      128 bytes a clock     380     620
 //
 // Data path: x comes by cp.async into panels (panel.cuh) of a ring of three tiles, one in use, two
