@@ -28,7 +28,9 @@ def architecture() -> str:
 def options(setting: Setting) -> list[str]:
     if setting.emulate:
         return ["-DQLORA_CUDA=OFF", "-DQLORA_EMULATION=ON"]
-    return ["-DQLORA_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}-real"]
+    # What the compiler says of each kernel lands in the stage's log, where `sass` reads it.
+    report = "-DCMAKE_CUDA_FLAGS=-Xptxas=-v"
+    return ["-DQLORA_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}-real", report]
 
 
 def emulator_is_there() -> bool:

@@ -62,6 +62,30 @@ def _tune(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _sass(result: dict[str, Any]) -> list[str]:
+    lines = [f"Not here: {one}." for one in result["not_here"]]
+    if "report" in result:
+        report = result["report"]
+        lines.append(f"The compiler reported {report['kernels']} kernels in this build.")
+        lines += ["", *(f"- FAULT: {fault}" for fault in report["faults"])]
+    if "code" in result:
+        faults = result["code"]["faults"]
+        lines += [
+            "",
+            f"Machine code for {result['architecture']}, {len(faults)} faults.",
+            "",
+            *(f"- FAULT: {fault}" for fault in faults),
+            "",
+        ]
+        lines += ["| kernel | instances | registers, most | made of |", "|---|---:|---:|---|"]
+        lines += [
+            f"| {row['kernel']} | {row['instances']} | {row['registers']} | "
+            f"{', '.join(row['instructions'])} |"
+            for row in result["code"]["kernels"]
+        ]
+    return lines
+
+
 def _rate(bytes_per_second: float | None) -> str:
     return "–" if bytes_per_second is None else f"{bytes_per_second / 1e9:.1f} GB/s"
 
@@ -113,6 +137,9 @@ def _as_json(result: dict[str, Any]) -> list[str]:
     return ["```json", json.dumps(result, indent=1), "```"]
 
 
+_PARTS = {"sass": _sass, "microbench": _microbench, "tune": _tune, "paging": _paging}
+
+
 def write(setting: Setting, state: dict[str, Any]) -> None:
     results = {
         name: json.loads(setting.result(name).read_text())
@@ -132,10 +159,7 @@ def write(setting: Setting, state: dict[str, Any]) -> None:
     for name, ended in state.items():
         lines += ["", f"## {name}", ""]
         if name in results:
-            write_part = {"microbench": _microbench, "tune": _tune, "paging": _paging}.get(
-                name, _as_json
-            )
-            lines += write_part(results[name])
+            lines += _PARTS.get(name, _as_json)(results[name])
         if ended["log_tail"]:
             lines += ["", "```", ended["log_tail"], "```"]
     (setting.folder / "report.md").write_text("\n".join(lines) + "\n")

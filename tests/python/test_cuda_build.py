@@ -1,136 +1,114 @@
 """The compiler's word on the CUDA kernels: registers, no spills, no local memory, instructions.
 
 Two architectures by default; QLORA_TEST_CUDA_ARCHITECTURES="75 80 86 89 90a 100a 120a" for all.
+What is asked of a kernel is written in bench/machine_code.py.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
-import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from bench import machine_code
+from bench.machine_code import Code, Resources
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = sorted((ROOT / "cuda" / "launch").glob("*.cu"))
 ARCHITECTURES = os.environ.get("QLORA_TEST_CUDA_ARCHITECTURES", "80 90a").split()
 # cmake/Cuda.cmake's.
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false"]
-
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
-
-# 65,536 registers of a multiprocessor, shared by the threads that tile.cuh wants resident.
-# linear_few_rows: its launch bounds hold it to 128 up to 16 columns (two blocks of 256 threads);
-# with more columns one block is resident.
-MOST_REGISTERS = {
-    "step_kernel": 64,
-    "step_8bit_kernel": 64,
-    "mean_kernel": 64,
-    "linear_few_rows_kernel": 255,
-    "linear_fma_kernel": 128,  # two blocks of 256 threads
-    "linear_wgmma_kernel": 168,  # 384 threads, before these share them out anew
-    "linear_tiles_kernel": 255,  # of 256 rows; bounds hold the others to 128: two blocks of 256
-    "lora_product_kernel": 255,  # 256 threads: lora_product.cuh says why they are enough
-    "lora_tensor_kernel": 255,  # bounds hold it to three blocks of 128 up to 16 columns, else two
-}
 HOST_ONLY = {"backend", "linear_4bit", "linear_measured", "linear_paths", "qlora_linear"}
-MOST_REGISTERS_OF_TILES = 40
-
-# What a kernel's head comment says it is made of, as machine instructions, from sm_80 on: products
-# on the tensor cores, copies to shared memory that do not pass through registers, and matrices from
-# there.
-INSTRUCTIONS = {
-    "linear_few_rows_kernel": ("HMMA", "LDGSTS"),
-    "linear_tiles_kernel": ("HMMA", "LDGSTS", "LDSM"),
-    "lora_tensor_kernel": ("HMMA", "LDGSTS", "LDSM"),
-}
-# And on sm_90a alone: products of warpgroups, bulk copies, registers that change hands.
-INSTRUCTIONS_OF_HOPPER = {
-    "linear_wgmma_kernel": ("HGMMA", "LDGSTS", "UBLKCP", "USETMAXREG"),
-}
-OF_LOCAL_MEMORY = {"LDL", "STL"}
-# A line of nvdisasm: /*0040*/  @!P0 LDG.E R2, …
-_OPERATION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Resources:
-    kernel: str
-    registers: int
-    stack: int
-    spilled: int
-
-
-def kernel_of(mangled: str) -> str:
-    """A mangled name is made of parts, each after its length."""
-    parts = [mangled[m.end() : m.end() + int(m[0])] for m in re.finditer(r"\d+", mangled)]
-    return next(part for part in parts if part.endswith("_kernel"))
-
-
-def resources(unit: Path, architecture: str, folder: Path) -> list[Resources]:
+def compile_unit(unit: Path, architecture: str, cubin: Path) -> str:
+    """The compiler's report."""
     command = [
         "nvcc", *FLAGS, f"-I{ROOT / 'cpp' / 'include'}", f"-I{ROOT / 'cuda'}",
-        f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", str(unit),
-        "-o", str(folder / f"{unit.stem}.cubin"),
+        f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", str(unit), "-o", str(cubin),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
-    # Where ptxas cannot keep wgmma's sums untouched it makes each product wait, and says so.
-    assert "serialized" not in result.stderr, result.stderr[-4000:]
-    found = []
-    for name, stack, stores, loads, registers in re.findall(
-        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers",
-        result.stderr,
-    ):
-        spilled = int(stores) + int(loads)
-        found.append(Resources(kernel_of(name), int(registers), int(stack), spilled))
-    return found
-
-
-def disassembler() -> str | None:
-    """nvdisasm, of the toolkit or of its package (nvidia-cuda-nvdisasm)."""
-    of_package = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "nvdisasm"
-    return shutil.which("nvdisasm") or (str(of_package) if of_package.exists() else None)
-
-
-def instructions(cubin: Path, program: str) -> list[tuple[str, set[str]]]:
-    """Each kernel of a cubin, and the names of its machine instructions without their suffixes."""
-    command = [program, "-c", str(cubin)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    sections = re.split(r"^\t\.section\t\.text\.(\w+).*$", text, flags=re.MULTILINE)[1:]
-    return [
-        (kernel_of(name), set(_OPERATION.findall(code)))
-        for name, code in zip(sections[::2], sections[1::2], strict=True)
-    ]
+    return result.stderr
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
 def test_no_kernel_spills_or_uses_local_memory(
     unit: Path, architecture: str, tmp_path: Path
 ) -> None:
-    kernels = resources(unit, architecture, tmp_path)
+    cubin = tmp_path / f"{unit.stem}.cubin"
+    report = compile_unit(unit, architecture, cubin)
+    assert not machine_code.faults_of_report(report)
+    kernels = machine_code.of_ptxas(report)
     assert kernels or unit.stem in HOST_ONLY, "ptxas reported no kernel"
-    for kernel in kernels:
-        most = MOST_REGISTERS.get(kernel.kernel, MOST_REGISTERS_OF_TILES)
-        if architecture == "75":  # holds 1024 threads at most: all of them, at 64 registers
-            most = max(most, 64)
-        assert kernel.spilled == 0 and kernel.stack == 0, kernel
-        assert kernel.registers <= most, kernel
-    program = disassembler()
-    if program is None or not kernels:
+    assert not machine_code.faults_of_resources(kernels, architecture)
+    nvdisasm = machine_code.tool("nvdisasm")
+    if nvdisasm is None or not kernels:
         return
-    found = instructions(tmp_path / f"{unit.stem}.cubin", program)
-    assert sorted(name for name, _ in found) == sorted(kernel.kernel for kernel in kernels)
-    for name, used in found:
-        assert "EXIT" in used and not used & OF_LOCAL_MEMORY, (name, used)
-        if architecture != "75":
-            listed = INSTRUCTIONS | (INSTRUCTIONS_OF_HOPPER if architecture == "90a" else {})
-            missing = set(listed.get(name, ())) - used
-            assert not missing, f"{name} has no {missing}"
+    code = machine_code.disassembled(cubin, nvdisasm)
+    assert sorted(c.kernel for c in code) == sorted(kernel.kernel for kernel in kernels)
+    assert not machine_code.faults_of_code(code, architecture)
+
+
+TILES = "linear_tiles_kernel"
+WHOLE = frozenset({"HMMA", "LDGSTS", "LDSM", "EXIT"})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "architecture", "fault"),
+    [
+        (Resources(TILES, 255, 0, 0), "80", None),
+        (Resources(TILES, 255, 0, 8), "80", "spills"),
+        (Resources(TILES, 255, 16, 0), "80", "stack"),
+        (Resources("step_kernel", 65, 0, 0), "80", "more than 64 registers"),
+        (Resources("quantize_4bit_kernel", 41, 0, 0), "80", "more than 40 registers"),
+        (Resources("quantize_4bit_kernel", 41, 0, 0), "75", None),
+        (Code(TILES, WHOLE), "80", None),
+        (Code(TILES, WHOLE | {"LDL"}), "80", "local memory: LDL"),
+        (Code(TILES, WHOLE - {"HMMA", "LDSM"}), "80", "has no HMMA, LDSM"),
+        (Code(TILES, WHOLE - {"HMMA", "LDSM"}), "75", None),
+        (Code(TILES, WHOLE - {"EXIT"}), "80", "never ends"),
+        (Code("linear_wgmma_kernel", WHOLE), "90a", "has no HGMMA, UBLKCP, USETMAXREG"),
+    ],
+)
+def test_each_fault_is_found(
+    kernel: Resources | Code, architecture: str, fault: str | None
+) -> None:
+    if isinstance(kernel, Resources):
+        found = machine_code.faults_of_resources([kernel], architecture)
+    else:
+        found = machine_code.faults_of_code([kernel], architecture)
+    assert len(found) == (fault is not None)
+    assert fault is None or fault in found[0]
+
+
+# As ptxas 13.0, cuobjdump 13.0 and nvdisasm 13.0 write them.
+NAME = "_ZN5qlora4cuda11mean_kernelEPKflPf"
+PTXAS = f"""ptxas info    : Compiling entry function '{NAME}' for 'sm_90a'
+ptxas info    : Function properties for {NAME}
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
+"""
+CUOBJDUMP = f""" Function {NAME}:
+  REG:40 STACK:8 SHARED:32 LOCAL:16 CONSTANT[0]:560 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+NVDISASM = f"""\t.section\t.text.{NAME},"ax",@progbits
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E R2, desc[UR4][R2.64] ;
+        /*0020*/                   EXIT ;
+"""
+
+
+def test_the_tools_words_are_read() -> None:
+    expected = [Resources("mean_kernel", 40, 8, 16)]
+    assert machine_code.of_ptxas(PTXAS) == machine_code.of_cuobjdump(CUOBJDUMP) == expected
+    assert machine_code.of_nvdisasm(NVDISASM) == [
+        Code("mean_kernel", frozenset({"LDC", "LDG", "EXIT"}))
+    ]
+    assert len(machine_code.faults_of_report(PTXAS)) == 1
