@@ -72,9 +72,9 @@ class Code:
 
 
 def kernel_of(mangled: str) -> str:
-    """A mangled name is made of parts, each after its length."""
+    """A mangled name is made of parts, each after its length. All of it for what is no kernel."""
     parts = [mangled[m.end() : m.end() + int(m[0])] for m in re.finditer(r"\d+", mangled)]
-    return next(part for part in parts if part.endswith("_kernel"))
+    return next((part for part in parts if part.endswith("_kernel")), mangled)
 
 
 def tool(name: str) -> str | None:

@@ -28,8 +28,8 @@ class Stage:
 
 # 600 seconds together. `build` comes first: the others run what it made.
 STAGES = (
-    Stage("build", 155, "builds for this card alone, into a folder of its own"),
-    Stage("sass", 15, "the compiler's report and the machine code, for this card"),
+    Stage("build", 140, "builds for this card alone, into a folder of its own"),
+    Stage("sass", 30, "the compiler's report and the machine code, for this card"),
     Stage("tests", 110, "the op tests, the same files, with the ops on the device"),
     Stage("sanitize", 70, "compute-sanitizer over every op (the emulator checks by itself)"),
     Stage("microbench", 110, "ours and the peers, as fractions of the measured limits"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +53,31 @@ def _summary(
     ]  # fmt: skip
 
 
+def _one(
+    cubin: Path, tools: dict[str, str]
+) -> tuple[list[machine_code.Resources], list[machine_code.Code]]:
+    command = [tools["cuobjdump"], "--dump-resource-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = machine_code.disassembled(cubin, tools["nvdisasm"])
+    return machine_code.of_cuobjdump(usage), code
+
+
 def disassembled(library: Path, target: str, folder: Path, tools: dict[str, str]) -> dict[str, Any]:
     """What is in the library for this card."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.cubin"):
         old.unlink()
-    cuobjdump = tools["cuobjdump"]
-    extract = [cuobjdump, "--gpu-architecture", f"sm_{target}", "--extract-elf", "all", library]
+    of_card = ["--gpu-architecture", f"sm_{target}"]
+    extract = [tools["cuobjdump"], *of_card, "--extract-elf", "all", library]
     subprocess.run(extract, cwd=folder, check=True)
-    resources: list[machine_code.Resources] = []
-    code: list[machine_code.Code] = []
-    for cubin in sorted(folder.glob("*.cubin")):
-        usage = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-        )
-        resources += machine_code.of_cuobjdump(usage.stdout)
-        code += machine_code.disassembled(cubin, tools["nvdisasm"])
+    with ThreadPoolExecutor() as pool:  # each is a process of its own
+        read = list(pool.map(lambda cubin: _one(cubin, tools), sorted(folder.glob("*.cubin"))))
+    resources = [kernel for kernels, _ in read for kernel in kernels]
+    code = [kernel for _, kernels in read for kernel in kernels]
     faults = machine_code.faults_of_resources(resources, target)
     faults += machine_code.faults_of_code(code, target)
     if Counter(r.kernel for r in resources) != Counter(c.kernel for c in code):
-        faults.append("the two tools name different kernels")
+        faults.append("the two tools name different kernels, or not all was inlined into one")
     there = {kernel.kernel for kernel in code}
     absent = sorted(machine_code.instructions_of(target).keys() - there)
     faults += [f"{name} is not in {library.name} for sm_{target}" for name in absent]
