@@ -1,6 +1,7 @@
 """Stage: ours beside the peers; each row with its fraction of what was measured on this device.
 
-A row that fails has its error in place of its seconds, and the others go on.
+Rows in which ours is the slower one are marked. One that fails has its error in
+place of its seconds, and the others go on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu_acceptance import peers
 from bench.gpu_acceptance import setting as settings
 from bench.gpu_acceptance.every_op import HYPER
 from bench.gpu_acceptance.setting import Setting
@@ -20,7 +22,14 @@ BF16 = torch.bfloat16
 OURS = "ours"
 # What a call needs at least: bytes over the bus, floating-point operations.
 Least = tuple[float, float]
-Row = tuple[str, Least, dict[str, Callable[[], Sequence[Call]]]]
+Contenders = dict[str, Callable[[], Sequence[Call]]]
+Row = tuple[str, Least, Contenders]
+# What an optimizer keeps of each value, and its settings.
+RULES: dict[str, tuple[int, dict[str, Any]]] = {
+    "AdamW": (2, HYPER),
+    "Lion": (1, {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0}),
+    "SGD": (1, {"lr": 1e-3, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0}),
+}
 
 
 def limits(device: torch.device, emulate: bool) -> dict[str, float]:
@@ -36,7 +45,7 @@ def limits(device: torch.device, emulate: bool) -> dict[str, float]:
 
 
 class Weights:
-    """The same matrix as often as it takes to pass the caches: 4-bit, in bf16, and the peer's."""
+    """The same matrix as often as it takes to pass the caches: 4-bit, and in bf16."""
 
     def __init__(self, n: int, k: int, setting: Setting) -> None:
         from qlora_native import ops
@@ -57,49 +66,89 @@ class Weights:
         return self.n * self.k * (0.5 + (1 + 4 / 256) / 64)
 
 
+def with_bitsandbytes(
+    setting: Setting, contenders: Contenders, make: Callable[[], Sequence[Call]]
+) -> Contenders:
+    here = peers.bitsandbytes_is_here(setting)
+    return {**contenders, peers.BITSANDBYTES: make} if here else contenders
+
+
 def elementwise(setting: Setting) -> Iterator[Row]:
+    """Quantization both ways: 4-bit in blocks of 64, 8-bit in blocks of 256."""
     from qlora_native import ops
 
     n = (1 << 14) if setting.emulate else (1 << 27)
     for dtype in (torch.float32, BF16):
         x = torch.randn(n, device=setting.device).to(dtype)
-        packed, absmax = ops.quantize_4bit(x)
         out = torch.empty_like(x)
-        least = n * (dtype.itemsize + 0.5 + 4 / 64)
         name = str(dtype).removeprefix("torch.")
-        yield (
-            f"quantize_4bit {name}",
-            (least, 0),
-            {OURS: lambda x=x, p=packed, s=absmax: [lambda: ops.quantize_4bit_out(x, p, s)]},
-        )
-        yield (
-            f"dequantize_4bit {name}",
-            (least, 0),
-            {
-                OURS: lambda p=packed, s=absmax, o=out: [
-                    lambda: ops.dequantize_4bit_out(p, s, None, None, o)
-                ]
-            },
-        )
-    n //= 4
-    lists = [[torch.rand(n, device=setting.device)] for _ in range(4)]
-    yield "adamw 32-bit", (28 * n, 0), {OURS: lambda: [lambda: ops.adamw_step(*lists, **HYPER)]}
-    codes = [[torch.zeros(n, dtype=torch.uint8, device=setting.device)] for _ in range(2)]
-    blocks = [[torch.ones(n // 256, device=setting.device)] for _ in range(2)]
-    yield (
-        "adamw 8-bit",
-        (16 * n, 0),
-        {OURS: lambda: [lambda: ops.adamw_8bit_step(*lists[:2], *codes, *blocks, **HYPER)]},
-    )
+        packed, absmax = ops.quantize_4bit(x)
+        codes, scales = ops.quantize_8bit(x)
+        work: dict[str, tuple[float, Call, Callable[[], Sequence[Call]]]] = {
+            "quantize_4bit": (
+                0.5 + 4 / 64,
+                lambda x=x, p=packed, s=absmax: ops.quantize_4bit_out(x, p, s),
+                lambda x=x: peers.quantize_4bit(x),
+            ),
+            "dequantize_4bit": (
+                0.5 + 4 / 64,
+                lambda p=packed, s=absmax, o=out: ops.dequantize_4bit_out(p, s, None, None, o),
+                lambda x=x: peers.dequantize_4bit(x),
+            ),
+            "quantize_8bit": (
+                1 + 4 / 256,
+                lambda x=x, c=codes, s=scales: ops.quantize_8bit_out(x, c, s),
+                lambda x=x: peers.quantize_blockwise(x),
+            ),
+            "dequantize_8bit": (
+                1 + 4 / 256,
+                lambda c=codes, s=scales, o=out: ops.dequantize_8bit_out(c, s, o),
+                lambda x=x: peers.dequantize_blockwise(x),
+            ),
+        }
+        for op, (compressed, call, theirs) in work.items():
+            least = n * (dtype.itemsize + compressed)
+            contenders = with_bitsandbytes(setting, {OURS: lambda c=call: [c]}, theirs)
+            yield f"{op} {name}", (least, 0), contenders
 
 
-def bitsandbytes_linear(weights: Weights, x: Tensor) -> Sequence[Call]:
-    import bitsandbytes.functional as bnb
-    from bitsandbytes import matmul_4bit
+def our_step(rule: str, bits: int, n: int, device: torch.device) -> Sequence[Call]:
+    from qlora_native import ops
 
-    packed, state = bnb.quantize_4bit(weights.dense, compress_statistics=True, quant_type="nf4")
-    matrices = [packed.clone() for _ in range(weights.count)]
-    return [lambda w=w: matmul_4bit(x, w.t(), state) for w in matrices]
+    moments, hyper = RULES[rule]
+    params, grads = ([torch.rand(n, device=device)] for _ in range(2))
+    if bits == 32:
+        step = getattr(ops, f"{rule.lower()}_step")
+        state = [[torch.zeros(n, device=device)] for _ in range(moments)]
+    else:
+        step = getattr(ops, f"{rule.lower()}_8bit_step")
+        state = [[torch.zeros(n, dtype=torch.uint8, device=device)] for _ in range(moments)]
+        state += [[torch.ones(n // 256, device=device)] for _ in range(moments)]
+    return [lambda: step(params, grads, *state, **hyper)]
+
+
+def optimizers(setting: Setting) -> Iterator[Row]:
+    """Steps over one fp32 tensor; SGD with momentum."""
+    n = (1 << 12) if setting.emulate else (1 << 25)
+    for rule, (moments, _) in RULES.items():
+        for bits in (32, 8):
+            # The parameter read and written, its gradient read; the state read and written.
+            least = n * (12 + moments * bits / 4)
+            contenders: Contenders = {
+                OURS: lambda r=rule, b=bits: our_step(r, b, n, setting.device),
+                f"torch's fused {peers.TORCH_FUSED[rule]}": lambda r=rule: peers.torch_step(
+                    r, n, setting.device
+                ),
+            }
+            yield (
+                f"{rule} {bits}-bit",
+                (least, 0),
+                with_bitsandbytes(
+                    setting,
+                    contenders,
+                    lambda r=rule, b=bits: peers.bitsandbytes_step(r, b, n, setting.device),
+                ),
+            )
 
 
 def linear(setting: Setting) -> Iterator[Row]:
@@ -120,28 +169,36 @@ def linear(setting: Setting) -> Iterator[Row]:
         x = torch.randn(m, k, device=setting.device).to(BF16)
         grad = torch.randn(m, n, device=setting.device).to(BF16)
         least = (weights.bytes() + 2 * m * (n + k), 2.0 * m * n * k)
-        contenders: dict[str, Callable[[], Sequence[Call]]] = {
+        contenders: Contenders = {
             OURS: lambda x=x: [lambda w=w: ops.linear_4bit(x, *w, n) for w in weights.quantized()],
             "dequantize + cuBLAS": lambda x=x: plainly(x),
             "cuBLAS, un-quantized": lambda x=x: [
                 lambda w=w: torch.nn.functional.linear(x, w) for w in weights.unquantized()
             ],
         }
-        if setting.bitsandbytes or (setting.folder / "peer").exists():
-            contenders["bitsandbytes"] = lambda x=x: bitsandbytes_linear(weights, x)
-        yield f"linear_4bit {n} × {k}, M = {m}", least, contenders
+        yield (
+            f"linear_4bit {n} × {k}, M = {m}",
+            least,
+            with_bitsandbytes(
+                setting, contenders, lambda x=x: peers.linear(weights.dense, weights.count, x)
+            ),
+        )
+        contenders = {
+            OURS: lambda g=grad: [
+                lambda w=w: ops.linear_4bit_backward_input(g, *w, k) for w in weights.quantized()
+            ],
+            "cuBLAS, un-quantized": lambda g=grad: [
+                lambda w=w: torch.mm(g, w) for w in weights.unquantized()
+            ],
+        }
         yield (
             f"input gradient {n} × {k}, M = {m}",
             least,
-            {
-                OURS: lambda g=grad: [
-                    lambda w=w: ops.linear_4bit_backward_input(g, *w, k)
-                    for w in weights.quantized()
-                ],
-                "cuBLAS, un-quantized": lambda g=grad: [
-                    lambda w=w: torch.mm(g, w) for w in weights.unquantized()
-                ],
-            },
+            with_bitsandbytes(
+                setting,
+                contenders,
+                lambda g=grad: peers.input_gradient(weights.dense, weights.count, g),
+            ),
         )
 
 
@@ -152,6 +209,7 @@ def lora(setting: Setting) -> Iterator[Row]:
     n, k = (64, 128) if setting.emulate else (4096, 4096)
     weights = Weights(n, k, setting)
     a, b = (torch.randn(s, device=setting.device) * 0.05 for s in ((16, k), (n, 16)))
+    adapter, count = peers.Adapter(a, b, 2.0), min(weights.count, 4)
     for m in (5,) if setting.emulate else (512, 4096):
         x = torch.randn(m, k, device=setting.device).to(BF16)
         grad = torch.randn(m, n, device=setting.device).to(BF16)
@@ -169,16 +227,27 @@ def lora(setting: Setting) -> Iterator[Row]:
             torch.mm(g.T, x), torch.mm(grad.T, u)
 
         flops = 2.0 * m * n * k * 2 + 12.0 * m * 16 * (n + k) / 2
+        contenders: Contenders = {
+            OURS: lambda ours=ours: [lambda w=w: ours(w) for w in weights.quantized()[:4]],
+            "cuBLAS, un-quantized": lambda u=unquantized: [
+                lambda w=w: u(w) for w in weights.unquantized()[:4]
+            ],
+        }
         yield (
             f"qlora_linear forward + backward {n} × {k}, r = 16, M = {m}",
             (0, flops),
-            {
-                OURS: lambda ours=ours: [lambda w=w: ours(w) for w in weights.quantized()[:4]],
-                "cuBLAS, un-quantized": lambda u=unquantized: [
-                    lambda w=w: u(w) for w in weights.unquantized()[:4]
-                ],
-            },
+            with_bitsandbytes(
+                setting,
+                contenders,
+                lambda x=x, g=grad: peers.lora(weights.dense, count, x, g, adapter),
+            ),
         )
+
+
+def slower_than(measured: dict[str, Any]) -> list[str]:
+    """The peers that ours loses to."""
+    ours = measured[OURS].get("seconds", float("inf"))
+    return [name for name, of in measured.items() if of.get("seconds", float("inf")) < ours]
 
 
 def measure(row: Row, rates: dict[str, float], device: torch.device) -> dict[str, Any]:
@@ -192,7 +261,12 @@ def measure(row: Row, rates: dict[str, float], device: torch.device) -> dict[str
             measured[contender] = {"seconds": took, "of_limit": limit / took}
         except Exception as error:  # a row that fails is a result
             measured[contender] = {"error": f"{type(error).__name__}: {error}"[:300]}
-    return {"name": name, "limiter": "memory" if by_memory else "products", "measured": measured}
+    return {
+        "name": name,
+        "limiter": "memory" if by_memory else "products",
+        "measured": measured,
+        "slower_than": slower_than(measured),
+    }
 
 
 def main() -> None:
@@ -202,7 +276,7 @@ def main() -> None:
     rates = limits(setting.device, setting.emulate)
     result: dict[str, Any] = {"limits": rates, "rows": []}
     failed = False
-    for rows in (elementwise, linear, lora):
+    for rows in (elementwise, optimizers, linear, lora):
         for row in rows(setting):
             result["rows"].append(measure(row, rates, setting.device))
             print(result["rows"][-1], flush=True)

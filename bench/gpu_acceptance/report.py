@@ -24,6 +24,10 @@ def _cell(measured: dict[str, Any]) -> str:
     return f"{measured['seconds'] * 1e6:.1f} µs, {measured['of_limit']:.0%}"
 
 
+def _mark(row: dict[str, Any]) -> str:
+    return f"**{', '.join(row['slower_than'])}**" if row["slower_than"] else ""
+
+
 def _microbench(result: dict[str, Any]) -> list[str]:
     rates = result["limits"]
     names = list(dict.fromkeys(name for row in result["rows"] for name in row["measured"]))
@@ -32,12 +36,15 @@ def _microbench(result: dict[str, Any]) -> list[str]:
         f"{rates['flops'] / 1e12:.1f} TFLOP/s of torch's bf16 product. A cell is the time of a "
         "call and the share of the nearer of the two limits.",
         "",
-        f"| work | limiter | {' | '.join(names)} |",
-        f"|---|---|{'---:|' * len(names)}",
+        f"Ours is slower than a peer in {sum(bool(row['slower_than']) for row in result['rows'])} "
+        f"of {len(result['rows'])} rows; they are marked.",
+        "",
+        f"| work | limiter | {' | '.join(names)} | slower than |",
+        f"|---|---|{'---:|' * len(names)}---|",
     ]
     for row in result["rows"]:
         cells = (_cell(row["measured"][n]) if n in row["measured"] else "–" for n in names)
-        lines.append(f"| {row['name']} | {row['limiter']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['name']} | {row['limiter']} | {' | '.join(cells)} | {_mark(row)} |")
     return lines
 
 

@@ -45,7 +45,9 @@ class Setting:
         paths = [self.folder / "peer", ROOT, Path(os.environ.get("PYTHONPATH", ""))]
         if (self.site / "qlora_native").exists():
             paths.insert(0, self.site)
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+        # bitsandbytes looks for a kernel of its CPU's on the Hub when it is imported.
+        offline = {"HF_HUB_OFFLINE": "1"}
+        return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
     def arguments(self) -> list[str]:
         flags = {"--emulate": self.emulate, "--oversubscribe": self.oversubscribe}

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from bench.gpu_acceptance import peers
 
 import qlora_native
-from qlora_native import tuned_ways
+from qlora_native import ops, tuned_ways
 
 pytest.importorskip("qlora_native._emulation", reason="not a build with QLORA_EMULATION=ON")
 acceptance = pytest.importorskip("bench.gpu_acceptance.__main__")
@@ -66,6 +69,56 @@ def test_paged_steps_have_the_plain_steps_bits(tmp_path: Path) -> None:
         assert result["resident"][pager]["equal"] and result["on the host"][pager]["equal"]
     assert result["oversubscribed"]["bytes"] > result["oversubscribed"]["free"]
     assert "| on the host | staged |" in (tmp_path / "report.md").read_text()
+
+
+def _wheel_of_bitsandbytes(path: Path) -> None:
+    """As much of the installed one as a CPU needs: its wheel carries every GPU's library."""
+    package = Path(pytest.importorskip("bitsandbytes").__file__).parent
+    files = [*package.rglob("*.py"), package / "libbitsandbytes_cpu.so"]
+    with zipfile.ZipFile(path, "w") as wheel:
+        for file in files:
+            wheel.write(file, file.relative_to(package.parent))
+
+
+def test_the_peers_stand_beside_ours(tmp_path: Path) -> None:
+    wheel = tmp_path / "bitsandbytes.whl"
+    _wheel_of_bitsandbytes(wheel)
+    ran = _run(tmp_path, "--stage", "microbench", "--bitsandbytes", str(wheel))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    rows = json.loads((tmp_path / "microbench.json").read_text())["rows"]
+    for row in rows:
+        assert row["measured"]["bitsandbytes"].get("seconds", 0) > 0, row
+        for name, of in row["measured"].items():
+            faster = of["seconds"] < row["measured"]["ours"]["seconds"]
+            assert (name in row["slower_than"]) == faster, row
+    for rule, peer in (("AdamW", "AdamW"), ("Lion", "AdamW"), ("SGD", "SGD")):
+        steps = [row for row in rows if row["name"].startswith(rule)]
+        assert len(steps) == 2
+        assert all(f"torch's fused {peer}" in row["measured"] for row in steps)
+    assert "| slower than |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_peers_do_the_same_work() -> None:
+    pytest.importorskip("bitsandbytes")
+    n, k, m = 64, 128, 24
+    torch.manual_seed(0)
+    dense = torch.randn(n, k).mul_(0.05).bfloat16()
+    x, grad = (torch.randn(m, size).bfloat16() for size in (k, n))
+    a, b = torch.randn(16, k) * 0.05, torch.randn(n, 16) * 0.05
+    packed, absmax = ops.quantize_4bit(dense)
+    weight = (packed, *ops.quantize_scales(absmax))
+    _, u = ops.qlora_linear(x, *weight, 64, "nf4", None, a, b, 2.0)
+    pairs = [
+        (peers.linear(dense, 1, x), ops.linear_4bit(x, *weight, n)),
+        (peers.input_gradient(dense, 1, grad), ops.linear_4bit_backward_input(grad, *weight, k)),
+    ]
+    adapter = peers.Adapter(a, b, 2.0)
+    (step,) = peers.lora(dense, 1, x, grad, adapter)
+    dx, da, db, _ = ops.qlora_linear_backward(grad, x, u, *weight, 64, "nf4", a, b, 2.0)
+    got = [(calls[0](), expected) for calls, expected in pairs]
+    for theirs, expected in [*got, *zip(step(), (dx, da, db), strict=True)]:
+        error = (theirs.float() - expected.float()).norm() / expected.float().norm()
+        assert error < 2**-6  # bf16 outputs and inner values
 
 
 def test_the_stages_fit_into_ten_minutes() -> None:
