@@ -5,6 +5,7 @@
 #include <linux/magic.h>
 #include <sys/ioctl.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/statfs.h>
 #include <unistd.h>
 
@@ -57,7 +58,8 @@ int open_in(const std::string& directory) {
 Status check_room(int file, std::int64_t bytes) {
   struct statfs about{};
   if (::fstatfs(file, &about) != 0) return failed(errno);
-  if (about.f_type == TMPFS_MAGIC || about.f_type == RAMFS_MAGIC) {
+  if (about.f_type == TMPFS_MAGIC || about.f_type == RAMFS_MAGIC ||
+      about.f_type == HUGETLBFS_MAGIC) {
     errno = EINVAL;
     return {StatusCode::invalid_argument,
             "its file system is memory itself (tmpfs): name a directory on a disk"};
@@ -76,6 +78,16 @@ Status check_room(int file, std::int64_t bytes) {
   return {};
 }
 
+// Some systems' own file systems, /proc for one, say of a new file that it is not there.
+Status not_opened(int error, const char* directory) {
+  struct stat about{};
+  if (error == ENOENT && ::stat(directory, &about) == 0) {
+    errno = EOPNOTSUPP;
+    return {StatusCode::unsupported, "its file system takes no new files"};
+  }
+  return failed(error);
+}
+
 Status reserve(int file, std::int64_t bytes) {
   if (Status status = check_room(file, bytes); !status.ok()) return status;
   int error = EINTR;
@@ -89,7 +101,7 @@ Status open_nameless_file(const char* directory, std::int64_t bytes, int* descri
   if (directory == nullptr) directory = std::getenv("TMPDIR");
   if (directory == nullptr || *directory == '\0') directory = "/var/tmp";
   const int file = open_in(directory);
-  if (file < 0) return failed(errno);
+  if (file < 0) return not_opened(errno, directory);
   if (Status status = reserve(file, bytes); !status.ok()) {
     const int error = errno;
     ::close(file);

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -15,6 +16,31 @@
 
 #include "qlora_native/paging.h"
 #include "support.h"
+
+namespace {
+
+// What a file system may refuse that the machine of the test has none of: errors to give, or 0.
+int mmap_error = 0, fallocate_error = 0;
+
+}  // namespace
+
+// In place of the C library's, for this program.
+extern "C" {
+
+void* mmap(void* at, std::size_t bytes, int protection, int flags, int file, off_t begin) noexcept {
+  if (mmap_error != 0 && (flags & MAP_SHARED) != 0) {
+    errno = mmap_error;
+    return MAP_FAILED;
+  }
+  return reinterpret_cast<void*>(
+      ::syscall(SYS_mmap, at, bytes, protection, flags, file, begin));  // NOLINT: an address
+}
+
+int posix_fallocate(int file, off_t begin, off_t bytes) {
+  if (fallocate_error != 0) return fallocate_error;
+  return ::syscall(SYS_fallocate, file, 0, begin, bytes) == 0 ? 0 : errno;
+}
+}
 
 namespace {
 
@@ -156,6 +182,14 @@ void test_huge_pages(const char* directory) {
   pager.close(buffer);
 }
 
+int entries(const char* directory) {
+  DIR* const listing = ::opendir(directory);
+  int n = 0;
+  while (::readdir(listing) != nullptr) ++n;
+  ::closedir(listing);
+  return n;
+}
+
 void expect_error(const char* directory, std::int64_t bytes, int error, StatusCode code) {
   PagedBuffer* buffer = nullptr;
   errno = 0;
@@ -170,7 +204,7 @@ void test_errors(const std::string& directory) {
   const char* const here = directory.c_str();
   expect_error((directory + "/missing").c_str(), 4096, ENOENT, StatusCode::invalid_argument);
   expect_error("/dev/null", 4096, ENOTDIR, StatusCode::invalid_argument);
-  expect_error("/proc", 4096, ENOENT, StatusCode::invalid_argument);
+  expect_error("/proc", 4096, EOPNOTSUPP, StatusCode::unsupported);
   expect_error(here, std::int64_t{1} << 50, ENOSPC, StatusCode::out_of_memory);
   if (::access("/dev/shm", W_OK) == 0) {
     expect_error("/dev/shm", 4096, EINVAL, StatusCode::invalid_argument);
@@ -197,12 +231,21 @@ void test_errors(const std::string& directory) {
 #endif
 }
 
-int entries(const char* directory) {
-  DIR* const listing = ::opendir(directory);
-  int n = 0;
-  while (::readdir(listing) != nullptr) ++n;
-  ::closedir(listing);
-  return n;
+// As of a FUSE file system with direct_io, or 9p without a cache; a disk, or a quota, that is found
+// to be full as the room is reserved.
+void test_what_a_file_system_refuses(const char* directory) {
+  const int files = entries("/proc/self/fd");
+  const auto refused = [&](int& which, int error, StatusCode code) {
+    which = error;
+    expect_error(directory, 1 << 20, error, code);
+    which = 0;
+  };
+  refused(mmap_error, ENODEV, StatusCode::unsupported);
+  refused(fallocate_error, ENOSPC, StatusCode::out_of_memory);
+  refused(fallocate_error, EDQUOT, StatusCode::out_of_memory);
+  refused(fallocate_error, EIO, StatusCode::device);
+  expect(entries("/proc/self/fd") == files, "a file stays open");
+  expect(entries(directory) == 2, "a file is left in the directory");
 }
 
 // Open files, and pages of address space and of memory.
@@ -248,6 +291,7 @@ int main() {
   test_residency(directory.path.c_str());
   test_huge_pages(directory.path.c_str());
   test_errors(directory.path);
+  test_what_a_file_system_refuses(directory.path.c_str());
   test_a_thousand_cycles(directory.path);
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures == 0 ? 0 : 1;

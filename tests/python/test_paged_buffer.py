@@ -106,6 +106,8 @@ def test_a_thousand_cycles_are_flat(directory: str) -> None:
         ("/dev/null", CHUNK, errno.ENOTDIR, "it is not a directory"),
         ("/var/tmp", 1 << 50, errno.ENOSPC, "there is not enough space on its disk"),
         ("/dev/shm", CHUNK, errno.EINVAL, "memory itself .tmpfs.: name a directory on a disk"),
+        ("/proc", CHUNK, errno.EOPNOTSUPP, "its file system takes no new files"),
+        (__file__, CHUNK, errno.ENOTDIR, "it is not a directory"),
     ],
 )
 def test_what_cannot_be_made(directory: str, size: int, error: int, message: str) -> None:
