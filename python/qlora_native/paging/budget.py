@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from qlora_native.paging.control_group import memory_allowances
+
+_PROC = Path("/proc")
 _UNITS = {"": 1} | {
     f"{prefix}{infix}B": base**power
     for power, prefix in enumerate(("K", "M", "G", "T"), start=1)
@@ -61,32 +64,11 @@ def free_for_state(device: torch.device, resident: int) -> int:
 def _host_memory() -> tuple[int, int]:
     """Available and total bytes, by the machine or by the control group that allows least."""
     meminfo = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+        line.split(":", 1) for line in (_PROC / "meminfo").read_text().splitlines() if ":" in line
     )
     available, total = (int(meminfo[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
-    for folder in _control_groups():
-        try:
-            limit = int((folder / "memory.max").read_text())
-            current = int((folder / "memory.current").read_text())
-            counts = dict(
-                line.split() for line in (folder / "memory.stat").read_text().splitlines()
-            )
-        except (OSError, ValueError):  # no limit ("max"), or no such controller
-            continue
-        available = min(available, limit - current + int(counts.get("file", 0)))
-        total = min(total, limit)
-    return available, total
-
-
-def _control_groups() -> list[Path]:
-    """This process's control group and those above it (version 2)."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    path = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if path is None:
-        return []
-    root = Path("/sys/fs/cgroup")
-    own = root / path.lstrip("/")
-    return [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+    groups = memory_allowances(_PROC / "self")
+    return (
+        min([available, *(group.available for group in groups)]),
+        min([total, *(group.total for group in groups)]),
+    )
