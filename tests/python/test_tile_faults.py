@@ -35,7 +35,7 @@ OF_TILES = [
     of_tiles("weights stored without the swizzle", "weight_tile",
             "panel + (panel_row(row) ^", "panel + (row * kPanelColumns ^", "digest"),
     of_tiles("scale of the row above", "weight_tile", "block = first >>",
-            "block = (row > 0 ? first - weight.columns : first) >>", "digest"),
+            "block = (first >= weight.columns ? first - weight.columns : first) >>", "digest"),
     of_tiles("the depth's tail not masked", "panel",
             "column + own_column < from.columns ? from.rows - row : 0", "from.rows - row",
             "out of bounds"),
