@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
 #include "qlora_native/status.h"
@@ -14,7 +15,11 @@ namespace emulated_run {
 
 using namespace qlora;
 
-inline std::uint64_t digest = 0xCBF29CE484222325ull;  // FNV-1a
+inline constexpr std::uint64_t kEmptyDigest = 0xCBF29CE484222325ull;  // FNV-1a
+inline std::uint64_t digest = kEmptyDigest;
+
+// What was added since the last call, and starts anew.
+inline std::uint64_t take_digest() { return std::exchange(digest, kEmptyDigest); }
 
 inline void add(const void* data, std::int64_t bytes) {
   const auto* p = static_cast<const unsigned char*>(data);

@@ -14,6 +14,7 @@
 #include "paging/pagers.h"
 #include "qlora_native/layout.h"
 #include "run_buffers.h"
+#include "run_hyper.h"
 #include "runtime.h"
 
 namespace {
@@ -203,30 +204,11 @@ void plain_steps(Op<Params> op, const typename Params::Hyper& hyper) {
       [](std::int64_t) { return std::int64_t{0}; });
 }
 
-constexpr AdamwHyper kAdamw{.lr = 1e-3,
-                            .beta1 = 0.9,
-                            .beta2 = 0.999,
-                            .eps = 1e-8,
-                            .weight_decay = 0.01,
-                            .step = 2,
-                            .maximize = false,
-                            .grad_scale = nullptr,
-                            .found_inf = nullptr};
-constexpr LionHyper kLion{.lr = 1e-4,
-                          .beta1 = 0.9,
-                          .beta2 = 0.99,
-                          .weight_decay = 0.01,
-                          .maximize = false,
-                          .grad_scale = nullptr,
-                          .found_inf = nullptr};
-
 void all_paged(const Pager& pager, Window window) {
   paged_steps<AdamwStepParams>(pager, cuda::adamw_step, kAdamw, window);
   paged_steps<Adamw8bitStepParams>(pager, cuda::adamw_8bit_step, kAdamw, window);
   paged_steps<LionStepParams>(pager, cuda::lion_step, kLion, window);
 }
-
-std::uint64_t fresh_digest() { return std::exchange(digest, 0xCBF29CE484222325ull); }
 
 [[noreturn]] void fail(const std::string& what) {
   std::printf("%s\n", what.c_str());
@@ -237,11 +219,11 @@ std::uint64_t fresh_digest() { return std::exchange(digest, 0xCBF29CE484222325ul
 
 int main() {
   emulation::Runtime& runtime = emulation::Runtime::instance();
-  static_cast<void>(fresh_digest());
+  static_cast<void>(take_digest());
   plain_steps<AdamwStepParams>(cuda::adamw_step, kAdamw);
   plain_steps<Adamw8bitStepParams>(cuda::adamw_8bit_step, kAdamw);
   plain_steps<LionStepParams>(cuda::lion_step, kLion);
-  const std::uint64_t plain = fresh_digest();
+  const std::uint64_t plain = take_digest();
   std::printf("%016llx\n", static_cast<unsigned long long>(plain));
   const std::int64_t alive_before = runtime.alive();
   for (const Pager* pager : {&cuda::managed_pager(), &cuda::staged_pager()}) {
@@ -255,7 +237,7 @@ int main() {
         const std::string at = std::string(pager->name) + ", schedule " +
                                std::to_string(static_cast<int>(schedule)) + ", window " +
                                std::to_string(static_cast<int>(window));
-        if (fresh_digest() != plain) fail("other bits: " + at);
+        if (take_digest() != plain) fail("other bits: " + at);
         if (const auto faults = runtime.take_faults(); !faults.empty()) fail(faults[0]);
         if (runtime.alive() != alive_before) fail("not freed: " + at);
       }

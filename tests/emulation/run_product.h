@@ -5,10 +5,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 
 #include "launch/linear_paths.h"
-#include "machine.h"
+#include "run_orders.h"
 #include "run_weight.h"
 
 namespace emulated_run {
@@ -58,12 +57,9 @@ void run(const Case& c) {
 
 template <Forward kForward, Backward kBackward, std::size_t kCases>
 void run_all(const Case (&cases)[kCases]) {
-  for (const std::uint64_t seed : {0, 1, 2}) {
-    emulation::Machine::instance().set_seed(seed);
-    digest = 0xCBF29CE484222325ull;
+  print_digests([&] {
     for (const Case& c : cases) run<kForward, kBackward>(c);
-    std::printf("%016llx\n", static_cast<unsigned long long>(digest));
-  }
+  });
 }
 
 }  // namespace emulated_run

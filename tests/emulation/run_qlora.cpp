@@ -6,9 +6,8 @@
 
 #include "backend.h"
 #include "launch/linear_paths.h"
-#include "machine.h"
 #include "qlora_native/layout.h"
-#include "run_buffers.h"
+#include "run_orders.h"
 
 namespace {
 
@@ -91,9 +90,7 @@ int main() {
   cuda::force_way(cuda::Direction::forward, "fma");
   cuda::force_way(cuda::Direction::backward_input, "fma");
   run(9, 24, 32, 8, DType::float32, 0.0f, 1, false);
-  for (const std::uint64_t seed : {0, 1, 2}) {
-    emulation::Machine::instance().set_seed(seed);
-    digest = 0xCBF29CE484222325ull;
+  print_digests([&] {
     run(9, 70, 136, 8, DType::float32, 0.0f, 1, true);
     run(67, 21, 33, 5, DType::bfloat16, 0.25f, 1, true);
     run(300, 8, 40, 20, DType::float16, 0.0f, 1, true);
@@ -101,6 +98,5 @@ int main() {
     // columns, an odd number of them.
     run(600, 24, 136, 20, DType::bfloat16, 0.25f, 0, true);
     run(70, 40, 72, 67, DType::float16, 0.0f, 0, true);
-    std::printf("%016llx\n", static_cast<unsigned long long>(digest));
-  }
+  });
 }
