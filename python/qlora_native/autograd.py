@@ -89,15 +89,52 @@ def _is_transformed() -> bool:
     return _transforming() or forward_ad._current_level >= 0
 
 
+def _recorded(
+    op: Any, setup: Callable[..., None], grad: Callable[..., tuple[Tensor | None, ...]]
+) -> Any:
+    """`apply` of a torch.autograd.Function around the op, for eager code."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = _straight(op, *inputs)
+            setup(ctx, inputs, output)
+            # u of qlora_linear is for the backward pass alone.
+            return output[0] if isinstance(output, tuple) else output
+
+        backward = staticmethod(grad)
+
+    Function.__name__ = Function.__qualname__ = op._opname
+    return Function.apply
+
+
+def _output(
+    op: Any, transformable: Callable[..., Any], recorded: Any, needs_grad: bool, *args: Any
+) -> Tensor:
+    """The op's first output, by the way that serves the moment."""
+    if torch.compiler.is_compiling():
+        output = op(*args)
+    elif _is_transformed():
+        output = transformable(*args)
+    elif needs_grad and torch.is_grad_enabled():
+        output = recorded(*args)
+    else:
+        output = _straight(op, *args)
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Of linear_4bit and grouped_linear_4bit and of their input gradients."""
+    x, *tensors, _, ctx.blocksize, ctx.format = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.other_features = x.shape[-1]
+
+
 # ---- linear_4bit ---------------------------------------------------------------------------------
 
 
 def _linear_4bit_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, absmax, nested_absmax, nested_offset, _, blocksize, format, _ = inputs
-    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
-    ctx.in_features = x.shape[-1]
-    ctx.blocksize = blocksize
-    ctx.format = format
+    _product_setup(ctx, inputs[:-1], output)  # the bias is not needed again
 
 
 def _linear_4bit_grad(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,46 +142,28 @@ def _linear_4bit_grad(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = _call(
             _linear_4bit_backward_input, _transformable_linear_4bit_backward_input,
-            grad_out, *ctx.saved_tensors, ctx.in_features, ctx.blocksize, ctx.format,
+            grad_out, *ctx.saved_tensors, ctx.other_features, ctx.blocksize, ctx.format,
         )  # fmt: skip
     if ctx.needs_input_grad[8]:
         grad_bias = grad_out.reshape(-1, grad_out.shape[-1]).sum(0)
     return grad_x, None, None, None, None, None, None, None, grad_bias
 
 
-def _backward_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_out, packed, absmax, nested_absmax, nested_offset, _, blocksize, format = inputs
-    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
-    ctx.out_features = grad_out.shape[-1]
-    ctx.blocksize = blocksize
-    ctx.format = format
-
-
 def _backward_input_grad(ctx: Any, grad_grad_x: Tensor) -> tuple[Tensor | None, ...]:
     grad_grad_out = _call(
         _linear_4bit, _transformable_linear_4bit,
-        grad_grad_x, *ctx.saved_tensors, ctx.out_features, ctx.blocksize, ctx.format, None,
+        grad_grad_x, *ctx.saved_tensors, ctx.other_features, ctx.blocksize, ctx.format, None,
     )  # fmt: skip
     return grad_grad_out, None, None, None, None, None, None, None
 
 
 _transformable_linear_4bit = _transformable(_linear_4bit, _linear_4bit_setup, _linear_4bit_grad)
 _transformable_linear_4bit_backward_input = _transformable(
-    _linear_4bit_backward_input, _backward_input_setup, _backward_input_grad
+    _linear_4bit_backward_input, _product_setup, _backward_input_grad
 )
 
 
-class _Linear4bit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        out: Tensor = _straight(_linear_4bit, *inputs)
-        _linear_4bit_setup(ctx, inputs, out)
-        return out
-
-    backward = staticmethod(_linear_4bit_grad)
-
-
-_apply_linear_4bit: Any = _Linear4bit.apply
+_recorded_linear_4bit = _recorded(_linear_4bit, _linear_4bit_setup, _linear_4bit_grad)
 
 
 @python_errors
@@ -165,25 +184,14 @@ def linear_4bit(
     """
     x = lowered(x)
     bias = None if bias is None else bias.to(x.dtype)
-    args = (
+    return _output(
+        _linear_4bit, _transformable_linear_4bit, _recorded_linear_4bit,
+        x.requires_grad or (bias is not None and bias.requires_grad),
         x, packed, absmax, nested_absmax, nested_offset, out_features, blocksize, format, bias,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        return cast(Tensor, _linear_4bit(*args))
-    if _is_transformed():
-        return cast(Tensor, _transformable_linear_4bit(*args))
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return cast(Tensor, _apply_linear_4bit(*args))
-    return cast(Tensor, _straight(_linear_4bit, *args))
 
 
 # ---- grouped_linear_4bit -------------------------------------------------------------------------
-
-
-def _grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _, ctx.blocksize, ctx.format = inputs
-    ctx.save_for_backward(*tensors[1:])
-    ctx.other_features = tensors[0].shape[-1]
 
 
 def _grouped_grad(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -203,24 +211,14 @@ def _grouped_backward_input_grad(ctx: Any, grad_grad_x: Tensor) -> tuple[Tensor 
 
 
 _transformable_grouped_linear_4bit = _transformable(
-    _grouped_linear_4bit, _grouped_setup, _grouped_grad
+    _grouped_linear_4bit, _product_setup, _grouped_grad
 )
 _transformable_grouped_linear_4bit_backward_input = _transformable(
-    _grouped_linear_4bit_backward_input, _grouped_setup, _grouped_backward_input_grad
+    _grouped_linear_4bit_backward_input, _product_setup, _grouped_backward_input_grad
 )
 
 
-class _GroupedLinear4bit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        out: Tensor = _straight(_grouped_linear_4bit, *inputs)
-        _grouped_setup(ctx, inputs, out)
-        return out
-
-    backward = staticmethod(_grouped_grad)
-
-
-_apply_grouped_linear_4bit: Any = _GroupedLinear4bit.apply
+_recorded_grouped_linear_4bit = _recorded(_grouped_linear_4bit, _product_setup, _grouped_grad)
 
 
 @python_errors
@@ -239,17 +237,12 @@ def grouped_linear_4bit(
 
     Under autocast x is cast as nn.Linear's is.
     """
-    args = (
-        lowered(x), offsets, packed, absmax, nested_absmax, nested_offset, out_features, blocksize,
-        format,
+    x = lowered(x)
+    return _output(
+        _grouped_linear_4bit, _transformable_grouped_linear_4bit, _recorded_grouped_linear_4bit,
+        x.requires_grad,
+        x, offsets, packed, absmax, nested_absmax, nested_offset, out_features, blocksize, format,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        return cast(Tensor, _grouped_linear_4bit(*args))
-    if _is_transformed():
-        return cast(Tensor, _transformable_grouped_linear_4bit(*args))
-    if torch.is_grad_enabled() and x.requires_grad:
-        return cast(Tensor, _apply_grouped_linear_4bit(*args))
-    return cast(Tensor, _straight(_grouped_linear_4bit, *args))
 
 
 # ---- qlora_linear --------------------------------------------------------------------------------
@@ -318,17 +311,7 @@ _transformable_qlora_linear_backward = _transformable(
 )
 
 
-class _QloraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        out, u = _straight(_qlora_linear, *inputs)
-        _qlora_linear_setup(ctx, inputs, (out, u))
-        return cast(Tensor, out)
-
-    backward = staticmethod(_qlora_linear_grad)
-
-
-_apply_qlora_linear: Any = _QloraLinear.apply
+_recorded_qlora_linear = _recorded(_qlora_linear, _qlora_linear_setup, _qlora_linear_grad)
 
 
 @python_errors
@@ -354,22 +337,17 @@ def qlora_linear(
     """
     x = lowered(x)
     bias = None if bias is None else bias.to(x.dtype)
-    args = (
-        x, packed, absmax, nested_absmax, nested_offset, blocksize, format, bias,
-        lora_a, lora_b, lora_scale, dropout_p, dropout_seed,
-    )  # fmt: skip
-    if torch.compiler.is_compiling():
-        return cast(Tensor, _qlora_linear(*args)[0])
-    if _is_transformed():
-        return cast(Tensor, _transformable_qlora_linear(*args)[0])
-    if torch.is_grad_enabled() and (
+    needs_grad = (
         lora_a.requires_grad
         or x.requires_grad
         or lora_b.requires_grad
         or (bias is not None and bias.requires_grad)
-    ):
-        return cast(Tensor, _apply_qlora_linear(*args))
-    return cast(Tensor, _straight(_qlora_linear, *args)[0])
+    )
+    return _output(
+        _qlora_linear, _transformable_qlora_linear, _recorded_qlora_linear, needs_grad,
+        x, packed, absmax, nested_absmax, nested_offset, blocksize, format, bias,
+        lora_a, lora_b, lora_scale, dropout_p, dropout_seed,
+    )  # fmt: skip
 
 
 # ---- registration --------------------------------------------------------------------------------
@@ -381,13 +359,13 @@ def _register() -> None:
     register(
         "qlora_native::linear_4bit_backward_input",
         _backward_input_grad,
-        setup_context=_backward_input_setup,
+        setup_context=_product_setup,
     )
-    register("qlora_native::grouped_linear_4bit", _grouped_grad, setup_context=_grouped_setup)
+    register("qlora_native::grouped_linear_4bit", _grouped_grad, setup_context=_product_setup)
     register(
         "qlora_native::grouped_linear_4bit_backward_input",
         _grouped_backward_input_grad,
-        setup_context=_grouped_setup,
+        setup_context=_product_setup,
     )
     register("qlora_native::qlora_linear", _qlora_linear_grad, setup_context=_qlora_linear_setup)
     register("qlora_native::qlora_linear_backward", _refuse_grad, setup_context=_refuse_setup)
