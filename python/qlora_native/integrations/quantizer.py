@@ -102,7 +102,7 @@ class QLoRANativeQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Model, name: str, names: list[str], skipped: list[str]
     ) -> None:
         module = model.get_submodule(name)
-        why = why_not_experts(module, name, (), self._blocksize())
+        why = why_not_experts(module, name, (), self._how()["blocksize"])
         if why is None and not should_convert_module(name, skipped):
             why = "in skip_modules"
         if why is not None:
@@ -129,15 +129,8 @@ class QLoRANativeQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def quantize(self, weight: Tensor, name: str) -> tuple[Tensor, QuantState]:
         """Packed codes and scales of a float weight [out_features, in_features]."""
-        config = self.quantization_config
-        return quantize_4bit(
-            weight,
-            config.blocksize,
-            config.format,
-            config.double_quant,
-            scale_rounding=config.scale_rounding,
-            name=name,
-        )
+        rounding = self._scale_rounding(weight)
+        return quantize_4bit(weight, **self._how(), scale_rounding=rounding, name=name)
 
     # ---- after loading ----
 
@@ -195,9 +188,14 @@ class QLoRANativeQuantizer(HfQuantizer):  # type: ignore[misc]
         if meta := [name for name, tensor in tensors if tensor.is_meta]:
             raise ValueError(f"{_listed(meta)} were left on the meta device: nothing loaded them")
 
-    def _blocksize(self) -> int:
-        blocksize: int = self.quantization_config.blocksize
-        return blocksize
+    def _how(self) -> dict[str, Any]:
+        """What a weight is quantized with, but for the rounding of its scales."""
+        config = self.quantization_config
+        return {
+            "blocksize": config.blocksize,
+            "format": config.format,
+            "double_quant": config.double_quant,
+        }
 
     def _skip_modules(self) -> list[str] | None:
         names: list[str] | None = self.quantization_config.skip_modules
@@ -237,16 +235,13 @@ class BitsAndBytesQuantizer(QLoRANativeQuantizer):
 
     quantizes_experts = False
 
-    def quantize(self, weight: Tensor, name: str) -> tuple[Tensor, QuantState]:
+    def _how(self) -> dict[str, Any]:
         config = self.quantization_config
-        return quantize_4bit(
-            weight,
-            64,  # what bitsandbytes' layers have
-            config.bnb_4bit_quant_type,
-            config.bnb_4bit_use_double_quant,
-            scale_rounding=self._scale_rounding(weight),
-            name=name,
-        )
+        return {
+            "blocksize": 64,  # what bitsandbytes' layers have
+            "format": config.bnb_4bit_quant_type,
+            "double_quant": config.bnb_4bit_use_double_quant,
+        }
 
     def _skip_modules(self) -> list[str] | None:
         names: list[str] | None = self.quantization_config.llm_int8_skip_modules

@@ -204,15 +204,16 @@ class NativeOptimizer(Optimizer):
     def _apply(self, updates: Iterable[Update], grad_scale: Tensor | None) -> None:
         # Tensors that share settings, progress and a kind of state go in one call.
         batches: dict[tuple[int, int, bool, torch.device], list[Update]] = defaultdict(list)
+        absmax = self._absmax()
         for update in updates:
-            is_8bit = self._absmax()[0] in update.state
+            is_8bit = absmax[0] in update.state
             key = id(update.group), update.progress, is_8bit, update.param.device
             batches[key].append(update)
 
         cls = type(self)
         for (_, progress, is_8bit, _), batch in batches.items():
             group = batch[0].group
-            keys = (*self.moments, *self._absmax()) if is_8bit else self.moments
+            keys = (*self.moments, *absmax) if is_8bit else self.moments
             op = cls.step_8bit_op if is_8bit else cls.step_op
             op(
                 [update.param for update in batch],
