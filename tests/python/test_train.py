@@ -22,7 +22,7 @@ from qlora_native.metrics import read_metrics
 from qlora_native.progress import Reporter
 from qlora_native.schedule import Schedule, warmup_steps
 from qlora_native.train import NonFiniteLossError, TrainResult, train
-from tiny import add_torch_lora, examples, make_llama
+from tiny import add_torch_lora, examples, make_llama, model_with_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,24 +107,6 @@ class Stopper(Reporter):
 
     def say(self, message: str) -> None:
         self.said.append(message)
-
-
-class DroppingOut(nn.Module):
-    """Draws from torch's random state in each pass, as dropout does."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(nn.functional.dropout(x, 0.2, self.training))
-
-
-def model_with_dropout() -> nn.Module:
-    model = add_torch_lora(make_llama())
-    for layer in model.model.layers:
-        layer.mlp.down_proj = DroppingOut(layer.mlp.down_proj)
-    return model
 
 
 @pytest.mark.parametrize("micro", [1, 2])

@@ -15,7 +15,7 @@ from qlora_native.loss import OutputHead
 from qlora_native.metrics import read_metrics
 from qlora_native.progress import Reporter, describe, describe_paging
 from qlora_native.train import TrainResult, train
-from tiny import add_torch_lora, examples, make_llama
+from tiny import examples, model_with_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,21 +35,8 @@ class Listener(Reporter):
         self.said.append(message)
 
 
-class DroppingOut(nn.Module):
-    """Draws from torch's random state in each pass."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(nn.functional.dropout(x, 0.2, self.training))
-
-
 def run(output: Path, **changes: Any) -> tuple[nn.Module, TrainResult, list[str]]:
-    model = add_torch_lora(make_llama())
-    for layer in model.model.layers:
-        layer.mlp.down_proj = DroppingOut(layer.mlp.down_proj)
+    model = model_with_dropout()
     settings: dict[str, Any] = {
         "output": output, "steps": 5, "batch_size": 2, "gradient_accumulation": 3, "plot": False,
         "max_length": 96, "learning_rate": 5e-3, "checkpoint_every": 3, "overwrite": True,

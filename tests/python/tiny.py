@@ -100,6 +100,24 @@ class TorchLoRA(nn.Module):
         return self.base(x) + (x @ self.lora_A.T.to(x.dtype)) @ self.lora_B.T.to(x.dtype)
 
 
+class DroppingOut(nn.Module):
+    """Draws from torch's random state in each pass, as dropout does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(nn.functional.dropout(x, 0.2, self.training))
+
+
+def model_with_dropout() -> nn.Module:
+    model = add_torch_lora(make_llama())
+    for layer in model.model.layers:
+        layer.mlp.down_proj = DroppingOut(layer.mlp.down_proj)
+    return model
+
+
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Questions with answers that can be learned: the question's words, backwards."""
     generator = torch.Generator().manual_seed(seed)
