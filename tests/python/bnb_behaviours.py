@@ -1,4 +1,4 @@
-"""What the test suites of bitsandbytes, transformers and peft check of 4-bit models, on tiny ones.
+"""What the suites of bitsandbytes, transformers, peft and trl check of 4-bit models, on tiny ones.
 
     python bnb_behaviours.py FOLDER      with whatever `import bitsandbytes` finds
 
@@ -248,6 +248,62 @@ def adapters_of_many_kinds() -> None:
     torch.testing.assert_close(model.unload().train()(IDS).logits, want, atol=1e-4, rtol=1e-4)
 
 
+# ---- trl: test_peft_with_quantization of test_{sft,dpo,kto}_trainer.py --------------------------
+
+
+def trl_trains_adapters_alone(folder: Path) -> None:
+    import datasets
+    import trl
+    from trl.experimental.kto import KTOConfig, KTOTrainer
+
+    from tiny import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=len(tokenizer),
+    )  # fmt: skip
+    MADE["qwen2"] = folder / "qwen2"
+    AutoModelForCausalLM.from_config(config).save_pretrained(MADE["qwen2"])
+    kinds = (
+        (trl.SFTTrainer, trl.SFTConfig, [{"text": "one and two and three"}]),
+        (
+            trl.DPOTrainer,
+            trl.DPOConfig,
+            [{"prompt": "one and ", "chosen": "two", "rejected": "three"}],
+        ),
+        (
+            KTOTrainer,
+            KTOConfig,
+            [
+                {"prompt": "one and ", "completion": "two", "label": True},
+                {"prompt": "one and ", "completion": "three", "label": False},
+            ],
+        ),
+    )
+    for make_trainer, make_config, rows in kinds:
+        model = in_4bit(
+            "qwen2", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        )
+        trainer = make_trainer(
+            model=model,
+            args=make_config(
+                str(folder / "trl"), learning_rate=0.1, max_steps=3, use_cpu=True, bf16=False,
+                per_device_train_batch_size=2, report_to="none",
+            ),
+            train_dataset=datasets.Dataset.from_list(rows * 8),
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(),
+        )  # fmt: skip
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train()
+        assert trainer.state.log_history[-1]["train_loss"] is not None
+        for name, old in before.items():
+            changed = not torch.equal(trainer.model.get_parameter(name), old)
+            assert changed == ("lora" in name), (make_trainer.__name__, name)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     make(folder)
@@ -263,6 +319,7 @@ def main(folder: Path) -> None:
         bad_configs_are_refused,
         layers_from_parts_and_through_files,
         adapters_of_many_kinds,
+        lambda: trl_trains_adapters_alone(folder),
     )
     failed = 0
     for behaviour in behaviours:

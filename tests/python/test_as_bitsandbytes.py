@@ -104,7 +104,7 @@ def test_checkpoints_of_either_trainer_hold_the_same_state(runs):
 
 def test_what_the_packages_and_its_users_suites_check(tmp_path):
     printed = python(*RUNNER, HERE / "bnb_behaviours.py", tmp_path)
-    assert printed.splitlines()[-1] == "11 behaviours of qlora_native.bitsandbytes"
+    assert printed.splitlines()[-1] == "12 behaviours of qlora_native.bitsandbytes"
 
 
 # ---- names and imports ---------------------------------------------------------------------------
